@@ -1,0 +1,386 @@
+"""Checkpoints of a run: saved beside the training, verified by digest, never mistaken for a fresh start.
+
+A checkpoint is ``<directory>/<step>/`` in Orbax's format, with ``state`` (arrays) and ``meta`` (JSON: the step, the
+SHA-256 of the state, the shapes of its leaves, the caller's own entries). It appears under its name only when complete.
+A state is any tree of arrays, replicated or addressable by the process; parameters sharded over processes are left out.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+from triqdef_jax import files
+
+_log = logging.getLogger(__name__)
+
+_MISMATCHES_SHOWN = 3
+
+
+class CheckpointError(ValueError):
+    """Checkpoints cannot be written, none of them can be read, or they belong to another config; one line."""
+
+
+class _DamagedError(Exception):
+    """One checkpoint cannot be read, or is not what was saved."""
+
+
+class Checkpointer:
+    """Saves, finds, verifies and restores the states of one run.
+
+    Every process of a run makes one and calls the same methods in the same order. Nothing is touched on the disk before
+    the first `save`; reading never changes a directory, except that `restore` sets damaged checkpoints aside.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 3):
+        """Binds to a directory, which need not exist.
+
+        Args:
+          directory: where the checkpoints of the run lie.
+          keep: how many of the newest are kept.
+
+        Raises:
+          ValueError: ``keep`` is less than one.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be 1 or more checkpoints; got {keep}")
+        _quiet_orbax()
+        self._directory = pathlib.Path(directory).absolute()
+        self._keep = keep
+        self._manager: ocp.CheckpointManager | None = None
+        self._newest: tuple[int, str] | None = None  # step and digest of what was saved or restored last
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> bool:
+        """Starts saving a state and returns while it is written; an earlier save is waited for.
+
+        The state may be donated as soon as this returns.
+
+        Args:
+          step: number of finished steps, larger than that of any checkpoint present.
+          state: tree of arrays, typed PRNG keys among them.
+          meta: what else to keep, in JSON types; tuples come back as lists, keys as strings. 'step' is added.
+
+        Returns:
+          True, or False when this very state is already saved under this step.
+
+        Raises:
+          CheckpointError: the directory, or the previous save, cannot be written; the older checkpoints are intact.
+          ValueError: meta has no JSON form, an array has size zero, or the directory has this step with another
+            content, or a later one.
+        """
+        record = _record(step, state, meta)
+        if self._newest == (step, record["digest"]):
+            return False
+        newest = self._newest[0] if self._manager and self._newest else self.latest_step()
+        if newest is not None and newest >= step:
+            raise ValueError(
+                f"cannot save step {step}: {self._directory} already holds step {newest}; resume from it "
+                "or choose another workdir"
+            )
+        with self._writing():
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record))
+            self._open().save(step, args=args, force=True)
+        self._newest = (step, record["digest"])
+        return True
+
+    def latest_step(self) -> int | None:
+        """Returns the newest step that is completely written, content unverified; None where there is none."""
+        return max(self._steps(), default=None)
+
+    def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
+        """Returns the newest sound checkpoint in the shapes and places asked for.
+
+        A damaged checkpoint is named in a warning and, once an older sound one is found, renamed to ``<step>.damaged``,
+        so that training can save that step again.
+
+        Args:
+          abstract_state: tree of `jax.ShapeDtypeStruct` with shardings, or of arrays; without a sharding a leaf goes to
+            the first device of the process. The sharding may differ from the one it was saved under.
+
+        Returns:
+          (state, meta), where meta has 'step'; or None if the directory holds no checkpoint.
+
+        Raises:
+          CheckpointError: every checkpoint is damaged, or the newest sound one has other leaves than asked for.
+        """
+        self.close()  # a save in progress counts, and what is set aside must not live on in the manager's list
+        damaged = []
+        for step in self._steps()[::-1]:
+            try:
+                record = self._read_record(step)
+                self._check_leaves(step, record["leaves"], _leaf_specs(abstract_state))
+                state = self._read_state(step, record["digest"], abstract_state)
+            except _DamagedError as error:
+                damaged.append(self._warn(step, error))
+                continue
+            self._set_aside(damaged)
+            self._newest = (step, record["digest"])
+            return state, {**record["user"], "step": step}
+        if damaged:
+            raise self._all_damaged(damaged)
+        return None
+
+    def restore_raw(self, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """Returns a checkpoint as NumPy arrays, for evaluation, export and other topologies; changes nothing on disk.
+
+        Args:
+          step: which one; None means the newest sound one.
+
+        Returns:
+          (state, meta): nested dicts and lists of arrays under the names of the saved tree's fields; a typed PRNG key
+          is its key data, uint32. Meta has 'step'.
+
+        Raises:
+          FileNotFoundError: there is no checkpoint, or not of this step.
+          CheckpointError: the step asked for, or every step, is damaged.
+        """
+        self.wait()
+        steps = self._steps()[::-1]
+        if not steps or (step is not None and step not in steps):
+            wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+            raise FileNotFoundError(
+                f"{wanted} in {self._directory} (steps there: {steps or 'none'}); train first or name another workdir"
+            )
+        damaged = []
+        for candidate in steps if step is None else [step]:
+            try:
+                record = self._read_record(candidate)
+                return self._read_state(candidate, record["digest"], None), {**record["user"], "step": candidate}
+            except _DamagedError as error:
+                damaged.append(self._warn(candidate, error))
+        raise self._all_damaged(damaged)
+
+    def wait(self) -> None:
+        """Waits until the last save is on the disk.
+
+        Raises:
+          CheckpointError: it could not be written; the older checkpoints are intact.
+        """
+        if self._manager:
+            with self._writing():
+                self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the last save and lets go of the directory; a second call does nothing.
+
+        Raises:
+          CheckpointError: the last save could not be written; the older checkpoints are intact.
+        """
+        try:
+            self.wait()
+        finally:
+            self._drop_manager()
+
+    def _steps(self) -> list[int]:
+        return sorted(ocp.utils.checkpoint_steps(self._directory)) if self._directory.is_dir() else []
+
+    def _open(self) -> ocp.CheckpointManager:
+        """Returns the manager that writes; opening it removes what an interrupted save has left."""
+        if self._manager is None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=checkpoint_managers.LatestN(self._keep),
+                    cleanup_tmp_directories=True,
+                    enable_async_checkpointing=True,
+                ),
+            )
+        return self._manager
+
+    def _drop_manager(self) -> None:
+        manager, self._manager = self._manager, None
+        if manager:
+            with contextlib.suppress(Exception):  # what failed was told by `wait`
+                manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Names a failure to write in one line; the next save then starts from what is on the disk."""
+        try:
+            yield
+        except Exception as error:
+            self._newest = None
+            self._drop_manager()
+            raise CheckpointError(
+                f"cannot write checkpoints to {self._directory}: {_cause(error)}; intact steps: "
+                f"{self._steps() or 'none'}; make room or access, then run again"
+            ) from error
+
+    def _read_record(self, step: int) -> dict[str, Any]:
+        """Returns the verified meta entry of a step."""
+        with _reading():
+            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+                record = reader.restore(self._directory / str(step) / "meta", args=ocp.args.JsonRestore())
+            if record.pop("check") != files.config_hash(record) or record["step"] != step:
+                raise _DamagedError("its meta entry does not match its digest")
+        return record
+
+    def _read_state(self, step: int, digest: str, abstract_state: Any) -> Any:
+        """Returns the verified state of a step: placed as asked for, or as NumPy arrays when nothing is asked for."""
+        path = self._directory / str(step) / "state"
+        with _reading():
+            if abstract_state is None:
+                state = _read_numpy(path)
+            else:
+                with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+                    state = reader.restore(path, args=ocp.args.StandardRestore(jax.tree.map(_placed, abstract_state)))
+            if tree_digest(state) != digest:
+                raise _DamagedError("its content does not match its digest")
+        return state
+
+    def _check_leaves(self, step: int, saved: dict[str, str], wanted: dict[str, str]) -> None:
+        """Refuses a sound checkpoint of another network: that is a mistake in the config, not damage."""
+        differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
+        if differing:
+            shown = ", ".join(
+                f"{name} is {saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here"
+                for name in differing[:_MISMATCHES_SHOWN]
+            )
+            more = f" and {len(differing) - _MISMATCHES_SHOWN} more" if len(differing) > _MISMATCHES_SHOWN else ""
+            raise CheckpointError(
+                f"checkpoint {step} in {self._directory} was made with another config: "
+                f"{shown}{more}; use the config of that run or another workdir"
+            )
+
+    def _warn(self, step: int, error: _DamagedError) -> tuple[int, str]:
+        if jax.process_index() == 0:
+            _log.warning("checkpoint %d in %s is damaged: %s; trying the one before", step, self._directory, error)
+        return step, str(error)
+
+    def _set_aside(self, damaged: list[tuple[int, str]]) -> None:
+        """Renames damaged steps, which would otherwise block a later save of the same step."""
+        if jax.process_index() == 0:
+            for step, _ in damaged:
+                with self._writing():
+                    os.rename(self._directory / str(step), self._free_name(step))
+        multihost_utils.sync_global_devices("checkpoints set aside")
+
+    def _free_name(self, step: int) -> pathlib.Path:
+        path = self._directory / f"{step}.damaged"
+        while path.exists():
+            path = path.with_name(f"{path.name}+")
+        return path
+
+    def _all_damaged(self, damaged: list[tuple[int, str]]) -> CheckpointError:
+        step, reason = damaged[0]
+        return CheckpointError(
+            f"no sound checkpoint in {self._directory}: damaged are {[s for s, _ in damaged]} (step "
+            f"{step}: {reason}); bring back a copy, or start again in another workdir"
+        )
+
+
+def tree_digest(tree: Any) -> str:
+    """Returns the SHA-256, 64 hex digits, of a tree of arrays: paths, dtypes, shapes and bytes of its leaves.
+
+    Independent of shardings, of leaf order, and of whether a node is a dict, dataclass, tuple or list. Computed on the
+    host: hashing 138 MB takes 0.1 s there, while an equivalent program for the device takes 10 s to compile for the 318
+    leaves of such a state.
+    """
+    return files.sha256_of_arrays({name: _on_host(leaf) for name, leaf in _named_leaves(tree).items()})
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree.leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    if len(named) != len(leaves):
+        raise ValueError("two leaves of the state have the same path: use names without '/'")
+    return named
+
+
+def _leaf_specs(tree: Any) -> dict[str, str]:
+    """Returns what a reader has to match: path -> 'float32[3, 3, 16, 32]'."""
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named_leaves(tree).items()}
+
+
+def _record(step: int, state: Any, meta: dict[str, Any]) -> dict[str, Any]:
+    """Returns the meta entry of a checkpoint, with a hash over itself."""
+    if "step" in meta:
+        raise ValueError("meta must not have an entry 'step': it is added")
+    empty = [name for name, leaf in _named_leaves(state).items() if not leaf.size]
+    if empty:
+        raise ValueError(f"a state must not hold arrays of size zero, which Orbax cannot store; got {', '.join(empty)}")
+    record = {"step": int(step), "digest": tree_digest(state), "leaves": _leaf_specs(state), "user": files.plain(meta)}
+    return {**record, "check": files.config_hash(record)}
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf)
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _read_numpy(path: pathlib.Path) -> Any:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        stored = reader.metadata(path).item_metadata.tree
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+        return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Turns any failure to read on any process into `_DamagedError` on all of them."""
+    failure = None
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise every kind here, KeyError to JSONDecodeError
+        failure = error
+    if not np.all(multihost_utils.process_allgather(np.array(failure is None))):
+        raise _DamagedError(_cause(failure) if failure else "another process could not read it") from failure
+
+
+def _cause(error: BaseException) -> str:
+    """Returns the shortest true reason of an error of Orbax or TensorStore on one line."""
+    chain = [error]
+    while chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)
+    system = next((e for e in chain if isinstance(e, OSError) and e.strerror), None)
+    if system is not None:
+        return f"{system.strerror}: {system.filename}" if system.filename else system.strerror
+    if isinstance(error, _DamagedError):
+        return str(error)
+    text = " ".join(str(error).split())
+    code = re.search(r"os_error_code='(\d+)'", text)  # TensorStore's way to say ENOSPC and the like
+    return os.strerror(int(code[1])) if code else f"{type(error).__name__}: {text[:160]}"
+
+
+@functools.cache
+def _quiet_orbax() -> None:
+    """Keeps Orbax from talking over the one line a failure gets here; everything it reports is raised as well.
+
+    It logs notes on every save and, when one of its tasks fails, drops the others and closes an event loop that
+    TensorStore still calls: a traceback for each remaining array.
+    """
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: "OCDBT" not in record.getMessage())
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        is_late_call = isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)
+        dropped = getattr(unraisable.object, "cr_code", None)
+        if not (is_late_call or (dropped and "orbax" in dropped.co_filename)):
+            previous(unraisable)
+
+    sys.unraisablehook = hook

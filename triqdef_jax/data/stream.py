@@ -1,0 +1,181 @@
+"""Sets too large for memory: encoded examples at random access, decoded on the host; grain reads ahead.
+
+Layout: images uint8 [B, S, S, 3] in 0..255 (RGB), labels int32 [B]; sent to the device as uint8.
+Left out: the crops themselves (`images`) and sets held in memory (`memory`). grain is imported on use: 1.3 s.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from triqdef_jax.data import images
+from triqdef_jax.data.splits import Split, check_at_least, check_batching, choose, pad_batch, split_batches
+
+
+@dataclass(frozen=True)
+class Records:
+    """Examples of a prepared split, a picklable random-access source for grain.
+
+    Attributes:
+        source: sequence of {'image': bytes, 'label': int, ...}.
+        rows: int64 [N], which examples of `source` belong, in this order; they are the ids.
+    """
+
+    source: Sequence[dict[str, Any]]
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return {'image': uint8 [H, W, 3], 'label': int32, 'id': int64}; raise ValueError where it is no image."""
+        row = self.rows[index]
+        record = self.source[int(row)]
+        try:
+            return {"image": images.decode(record["image"]), "label": np.int32(record["label"]), "id": row}
+        except ValueError as error:
+            raise ValueError(f"record {row}: {error}") from error
+
+
+def centre_split(records: Records, size_px: int) -> Split:
+    """Decode all of `records` into memory by centre crop, images uint8 [N, size_px, size_px, 3]."""
+    pixels = np.empty((len(records), size_px, size_px, 3), np.uint8)
+    labels = np.empty(len(records), np.int32)
+
+    def fill(index: int) -> None:
+        example = _eval_example(records[index], size_px=size_px)
+        pixels[index], labels[index] = example["images"], example["labels"]
+
+    with futures.ThreadPoolExecutor() as pool:
+        list(pool.map(fill, range(len(records))))  # the list re-raises what a thread met
+    return Split(pixels, labels, records.rows)
+
+
+@dataclass(frozen=True)
+class StreamData:
+    """A set that is decoded while it is read.
+
+    Attributes:
+        name, num_classes, image_size_px: as in `ImageData`.
+        train, test: examples on disk.
+        heldout: images taken out of the training split (never trained on), decoded once by centre crop.
+        num_workers: processes that decode; 0 decodes in threads of this one.
+        prefetch: batches made ahead in every decoding process, each by a thread of its own; at least 1 is used.
+    """
+
+    name: str
+    num_classes: int
+    image_size_px: int
+    train: Records
+    heldout: Split
+    test: Records
+    num_workers: int
+    prefetch: int
+
+    @property
+    def num_train(self) -> int:
+        """Number of training images."""
+        return len(self.train)
+
+    def train_batches(
+        self, *, seed: int, batch_size: int, start_step: int, sharding: NamedSharding | None = None
+    ) -> Iterator[dict[str, jax.Array]]:
+        """Yield augmented training batches for ever, from `start_step` on.
+
+        Row r of step s is position s * B + r of one endless stream: every N positions are a new permutation, and the
+        crop is drawn from (seed, position). A process decodes the rows that lie on its devices, so neither the number
+        of processes nor of workers changes a global batch. Workers are spawned: the main module needs its guard, and
+        absl flags must have been parsed. Close the iterator (or drop it) to end them.
+
+        Args:
+            seed: the run's seed, 0 .. 2**32 - 1.
+            batch_size: B, images over all processes, at most N.
+            start_step: number of batches to pass over; what follows is what an uninterrupted run would have met.
+            sharding: where the batch axis lies, contiguous rows to each process; None for the default device.
+
+        Returns:
+            Iterator of {'images': uint8 [B, S, S, 3], 'labels': int32 [B]} on the device.
+
+        Raises:
+            ValueError: batch_size is outside 1..N, or start_step is negative.
+        """
+        check_batching(batch_size, start_step, self.num_train)
+        return self._train_batches(seed, batch_size, start_step, sharding)
+
+    def _train_batches(self, seed, batch_size, start_step, sharding):
+        import grain
+
+        rank, num_ranks = _rank_of_rows(batch_size, sharding)
+        example = functools.partial(_train_example, size_px=self.image_size_px)
+        examples = grain.MapDataset.source(self.train).seed(seed).shuffle().repeat().random_map(example)
+        # Batches of one process's size, of which it takes every num_ranks-th: contiguous rows of the global batch.
+        batches = examples.batch(batch_size // num_ranks)[rank::num_ranks][start_step:]
+        for batch in self._read_ahead(batches):
+            yield {name: _to_devices(rows, batch_size, sharding) for name, rows in batch.items()}
+
+    def eval_batches(self, split: str, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+        """Yield a split once, centre-cropped and in order, in batches of one static size.
+
+        Args:
+            split: 'train', 'heldout' or 'test'.
+            batch_size: B.
+
+        Returns:
+            Iterator of {'images': uint8 [B, S, S, 3], 'labels': int32 [B], 'ids': int64 [B], 'mask': float32 [B]};
+            rows that only fill up the last batch have mask 0, id -1, label 0 and a black image.
+
+        Raises:
+            ValueError: unknown split, or batch_size below 1.
+        """
+        check_at_least("batch_size", batch_size, 1)
+        part = choose({"train": self.train, "heldout": self.heldout, "test": self.test}, split, "split")
+        return split_batches(part, batch_size) if isinstance(part, Split) else self._eval_batches(part, batch_size)
+
+    def _eval_batches(self, records, batch_size):
+        import grain
+
+        example = functools.partial(_eval_example, size_px=self.image_size_px)
+        for batch in self._read_ahead(grain.MapDataset.source(records).map(example).batch(batch_size)):
+            yield pad_batch(batch, batch_size)
+
+    def _read_ahead(self, batches):
+        import grain
+
+        ahead = max(1, self.prefetch)
+        stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead))
+        if self.num_workers:
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(self.num_workers, per_worker_buffer_size=ahead))
+        iterator = iter(stream)
+        try:
+            yield from iterator
+        finally:
+            iterator.close()  # else workers and their shared memory outlive the run
+
+
+def _train_example(record: dict[str, Any], rng: np.random.Generator, *, size_px: int) -> dict[str, np.ndarray]:
+    return {"images": images.random_resized_crop(rng, record["image"], size_px), "labels": record["label"]}
+
+
+def _eval_example(record: dict[str, Any], *, size_px: int) -> dict[str, np.ndarray]:
+    return {"images": images.centre_crop(record["image"], size_px), "labels": record["label"], "ids": record["id"]}
+
+
+def _rank_of_rows(batch_size: int, sharding: NamedSharding | None) -> tuple[int, int]:
+    """Return (r, n): the devices of this process hold the r-th of n equal runs of contiguous rows of the batch."""
+    if sharding is None:
+        return 0, 1
+    held = [index[0].indices(batch_size) for index in sharding.addressable_devices_indices_map((batch_size,)).values()]
+    start, stop = min(first for first, _, _ in held), max(last for _, last, _ in held)
+    return start // (stop - start), batch_size // (stop - start)
+
+
+def _to_devices(rows: np.ndarray, batch_size: int, sharding: NamedSharding | None) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(rows)
+    return jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))

@@ -1,0 +1,305 @@
+"""The training loop: stages, calibration, steps, metrics, checkpoints, preemption. One call trains one run to its end.
+
+The host only dispatches: it waits for the device to log, to save and at stage ends. The state after step s is a function of (config, s), so a
+run that is killed resumes bit-identically on the same devices. What a step computes is in `train_step.py`.
+"""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+import signal
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from triqdef_jax import calibration, config as config_lib, curriculum, optimizer, sharding
+from triqdef_jax.checkpoints import Checkpointer
+from triqdef_jax.models.multibit import MultiBitNetwork
+from triqdef_jax.objectives.methods import Method, Pool
+from triqdef_jax.objectives.penalties import INPUT_GRADIENT
+from triqdef_jax.patch_pool import PatchPool
+from triqdef_jax.train_step import StepSettings, TrainState, make_step
+from triqdef_jax.writer import MetricWriter, Progress
+
+CHECKPOINTS = "checkpoints"
+FUSED_FROM_STEPS = 5000  # On one CPU the fused plan's longer compilation pays only in longer runs.
+NEVER = np.int32(np.iinfo(np.int32).max)
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the message names the step and the last good checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The static parts of one training run."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    network: MultiBitNetwork
+    method: Method
+    stages: tuple[curriculum.Stage, ...]
+    num_steps: int
+    settings: StepSettings
+    schedule: Any
+    mesh: Any
+
+    @property
+    def plan(self) -> str:
+        if self.config.train.plan != "auto":
+            return self.config.train.plan
+        is_short_on_one_cpu = (
+            jax.default_backend() == "cpu" and self.mesh.size == 1 and self.num_steps < FUSED_FROM_STEPS
+        )
+        return "per_bit" if is_short_on_one_cpu else "fused"
+
+
+def make_run(config: ConfigDict, workdir, num_train: int, *, num_devices: int | None = None) -> Run:
+    """Assemble a run.
+
+    Raises:
+      ValueError: the batch does not divide among the devices, is larger than the data, or the plan does not fit the devices.
+    """
+    mesh = sharding.data_mesh(num_devices)
+    batch_size = config.train.batch_size
+    if batch_size > num_train:
+        raise ValueError(f"train.batch_size must be at most the {num_train} training images, got {batch_size}")
+    sharding.check_batch(batch_size, mesh)
+    sharding.check_batch(round(batch_size * config.loss.patched_frac), mesh)
+    if config.train.plan == "per_bit" and mesh.size > 1:
+        raise ValueError(f"train.plan=per_bit runs on one device, {mesh.size} are in use; use fused or auto")
+    steps_per_epoch = num_train // batch_size
+    num_steps = steps_per_epoch * config.train.epochs
+    network, method = config_lib.make_network(config), config_lib.make_training_method(config)
+    schedule = optimizer.make_schedule(config.optim, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+    settings = StepSettings(
+        network=network,
+        method=method,
+        optimizer=optimizer.make_optimizer(config.optim, schedule),
+        map_reduction=config.loss.map_reduction,
+        pooled_stats=config.quant.norm_stats == "pooled",
+    )
+    stages = curriculum.make_stages(network.bits, num_steps, tuple(config.bact.starts), enabled=config.bact.enabled)
+    return Run(config, pathlib.Path(workdir), network, method, stages, num_steps, settings, schedule, mesh)
+
+
+def init_state(run: Run) -> TrainState:
+    """Return the state before the first step: a function of the seed alone."""
+    key = stream_key(run.config.seed, "init")
+    weights, stats = run.network.init(key, config_lib.image_size_px(run.config))
+    return TrainState(jnp.int32(0), weights, stats, run.settings.optimizer.init(weights))
+
+
+def stream_key(seed: int, name: str) -> jax.Array:
+    """Return the root key of one named stream of randomness."""
+    return jax.random.fold_in(jax.random.key(seed), int.from_bytes(name.encode()[:3], "big"))
+
+
+def train(run: Run, data, pool: PatchPool | None, *, label: str = "", is_quiet: bool = False) -> int:
+    """Train to the end, or to the step at which SIGTERM arrives; returns the number of finished steps.
+
+    Args:
+      run: from `make_run`. data: `data.ImageData` or `data.StreamData`. pool: training patches, or None where the method takes none.
+      label: what to call the run in the progress line. is_quiet: no progress at all.
+
+    Raises:
+      NonFiniteLossError: the loss is no longer finite. checkpoints.CheckpointError: no checkpoint of this run can be read.
+    """
+    is_lead = sharding.is_lead()
+    with Checkpointer(run.workdir / CHECKPOINTS, keep=run.config.train.keep_checkpoints) as checkpointer:
+        state, stage_done = _restore_or_init(run, checkpointer)
+        start = int(state.step)
+        with (
+            MetricWriter(run.workdir, restored_step=start, is_lead=is_lead) as writer,
+            Progress(
+                run.num_steps, run.config.train.batch_size, start_step=start, is_lead=is_lead and not is_quiet
+            ) as progress,
+            _Preemption() as preemption,
+        ):
+            trainer = _Trainer(run, data, pool, checkpointer, writer, progress, preemption, label)
+            return trainer.fit(state, start, stage_done)
+
+
+def _restore_or_init(run, checkpointer):
+    """Return (state on the devices of the run, index of the last stage whose bit-widths are calibrated)."""
+    everywhere = sharding.replicated(run.mesh)
+    if checkpointer.latest_step() is None:
+        return jax.device_put(init_state(run), everywhere), -1
+    shapes = jax.eval_shape(functools.partial(init_state, run))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
+    state, meta = checkpointer.restore(abstract)
+    return state, meta["stage"]
+
+
+class _Preemption:
+    """Notices SIGTERM: the loop then saves and leaves."""
+
+    def __enter__(self):
+        self.is_requested = False
+        self._previous = signal.signal(signal.SIGTERM, self._request)
+        return self
+
+    def _request(self, *_):
+        self.is_requested = True
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGTERM, self._previous)
+
+
+class _Trainer:
+    """Runs the stages of one run; holds what the steps have in common."""
+
+    def __init__(self, run, data, pool, checkpointer, writer, progress, preemption, label):
+        self.run, self.data, self.label = run, data, label
+        self.checkpointer, self.writer, self.progress, self.preemption = checkpointer, writer, progress, preemption
+        self.step_fn = make_step(run.settings, plan=run.plan, mesh=run.mesh)
+        everywhere = sharding.replicated(run.mesh)
+        self.pool = None if pool is None else jax.device_put(Pool(pool.values, pool.masks, pool.size_px), everywhere)
+        self.input_key = jax.device_put(stream_key(run.config.seed, "inputs"), everywhere)
+
+    def fit(self, state, step, stage_done):
+        if step >= self.run.num_steps:
+            return step
+        batches = self.data.train_batches(
+            seed=self.run.config.seed,
+            batch_size=self.run.config.train.batch_size,
+            start_step=step,
+            sharding=sharding.batch_sharding(self.run.mesh),
+        )
+        for index, stage in enumerate(self.run.stages):
+            if step >= stage.stop:
+                continue
+            if stage_done < index:
+                state = self._enter(state, stage)
+                self.checkpointer.save(step, state, {"stage": index})
+            state, step = self._run_stage(state, step, index, batches)
+            if self.preemption.is_requested:
+                break
+        self.checkpointer.wait()
+        return step
+
+    def _enter(self, state, stage):
+        """Calibrate the bit-widths that join with this stage."""
+        config = self.run.config
+        images = unit_range(jnp.asarray(self.data.heldout.images[: config.data.calibration_images]))
+        weights, stats = calibration.calibrate_new_bits(
+            self.run.network, state.weights, state.stats, stage.new_bits, stage.bits, images, affine=config.bact.affine
+        )
+        everywhere = sharding.replicated(self.run.mesh)
+        return state._replace(weights=jax.device_put(weights, everywhere), stats=jax.device_put(stats, everywhere))
+
+    def _run_stage(self, state, step, index, batches):
+        run, stage, train = self.run, self.run.stages[index], self.run.config.train
+        is_last = index == len(run.stages) - 1
+        slots = [run.network.slot(bits) for bits in stage.bits]
+        specs = [run.network.spec(bits, round_bias=run.config.quant.round_bias and is_last) for bits in stage.bits]
+        window = None
+        while step < stage.stop and not self.preemption.is_requested:
+            inputs = self._inputs(state, stage, specs, step, next(batches))
+            state, metrics = self.step_fn(state, inputs, stage.bits, slots, specs, self._ramp(step))
+            window = _start(metrics, step) if window is None else _accumulate(window, metrics, step)
+            step += 1
+            is_end = step == stage.stop or self.preemption.is_requested
+            is_saved = step % train.checkpoint_every_steps == 0 and step != stage.stop
+            if is_end or is_saved or step % train.log_every_steps == 0:
+                self._log(window, step, stage)
+                window = None
+            if is_saved or (is_end and (is_last or step != stage.stop)):
+                self.checkpointer.save(step, state, {"stage": index})
+        return state, step
+
+    def _inputs(self, state, stage, specs, step, batch):
+        key = jax.random.fold_in(self.input_key, step)
+        images, labels = unit_range(batch["images"]), batch["labels"]
+        logits_fn = None
+        if self.run.method.needs_logits:
+            slots = [self.run.network.slot(bits) for bits in stage.bits]
+            logits_fn = drawn_bit_logits(self.run.network, state.weights, state.stats, slots, specs)
+        return self.run.method.make_inputs(key, self.pool, images, labels, logits_fn)
+
+    def _ramp(self, step):
+        warmup_steps = int(self.run.config.loss.penalty_warmup_frac * self.run.num_steps)
+        return np.float32(curriculum.penalty_ramp(step, warmup_steps=warmup_steps))
+
+    def _log(self, window, step, stage):
+        sums, count, first_bad = jax.device_get(window)
+        if first_bad != NEVER:
+            saved = self.checkpointer.latest_step()
+            raise NonFiniteLossError(
+                f"the loss is not finite at step {first_bad}; the last good checkpoint is step {saved} in "
+                f"{self.run.workdir / CHECKPOINTS}; lower optim.lr or the lambdas, or set optim.clip_norm"
+            )
+        scalars = name_scalars(jax.tree.map(lambda x: x / count, sums), stage.bits)
+        scalars["learning_rate"] = float(self.run.schedule(step - 1))
+        self.writer.write(step, scalars)
+        bits = "/".join(map(str, stage.bits))
+        self.progress.update(
+            step, {"loss": scalars["loss"], "penalty": scalars["penalty"]}, f"{self.label} bits {bits}".strip()
+        )
+
+
+def bit_logits(network, weights, stats, bits, spec):
+    """Return images `[B, H, W, 3]` -> logits of one trained bit-width in evaluation mode, arrays as arguments of any jit."""
+    return jax.tree_util.Partial(_eval_logits(network), weights, stats, network.slot(bits), spec)
+
+
+def drawn_bit_logits(network, weights, stats, slots, specs):
+    """Return (key, images) -> logits in evaluation mode of one of the given bit-widths, drawn uniformly by the key."""
+    stack = lambda items: jax.tree.map(lambda *x: np.stack(x), *items)
+    return jax.tree_util.Partial(_drawn_logits(network), weights, stats, stack(slots), stack(specs))
+
+
+@functools.cache
+def _drawn_logits(network):
+    def logits(weights, stats, slots, specs, key, images):
+        drawn = jax.random.randint(key, (), 0, slots.stats.shape[0])
+        slot, spec = jax.tree.map(lambda x: x[drawn], (slots, specs))
+        return network.eval_forward(weights, stats, slot, spec, images)[0]
+
+    return logits
+
+
+@functools.cache
+def _eval_logits(network):
+    return lambda weights, stats, slot, spec, images: network.eval_forward(weights, stats, slot, spec, images)[0]
+
+
+@jax.jit
+def unit_range(images: jax.Array) -> jax.Array:
+    """Return uint8 images as float32 in [0, 1]."""
+    return images.astype(jnp.float32) / 255.0
+
+
+def _start(metrics, step):
+    zero = jax.tree.map(jnp.zeros_like, metrics)
+    return _accumulate((zero, jnp.int32(0), jnp.int32(NEVER)), metrics, step)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _accumulate(window, metrics, step):
+    sums, count, first_bad = window
+    bad = jnp.where(jnp.isfinite(metrics["loss"]), NEVER, step)
+    return jax.tree.map(jnp.add, sums, metrics), count + 1, jnp.minimum(first_bad, bad)
+
+
+def name_scalars(metrics: dict, bits: tuple[int, ...]) -> dict[str, float]:
+    """Flatten a step's metrics to names such as 'ce_clean/8', 'fdp/stage1/8-5' and 'gpdp_chance/8-5'."""
+    scalars = {}
+    for name, value in metrics.items():
+        if name == "similarity":
+            continue
+        if np.ndim(value) == 0:
+            scalars[name] = float(value)
+        else:
+            scalars |= {f"{name}/{b}": float(v) for b, v in zip(bits, value, strict=True)}
+    for layer, similarity in metrics["similarity"].items():
+        kind, place = ("gpdp", "") if layer == INPUT_GRADIENT else ("fdp", f"/{layer}")
+        for i, j in itertools.combinations(range(len(bits)), 2):
+            pair = f"{bits[i]}-{bits[j]}"
+            scalars[f"{kind}{place}/{pair}"] = float(similarity.value[i, j])
+            scalars[f"{kind}_chance{place}/{pair}"] = float(similarity.chance[i, j])
+    return scalars

@@ -1,0 +1,192 @@
+"""Quantized layers in flax.linen: activation quantizer, convolution, norm, classifier. One call computes one bit-width.
+
+Variables live in four collections. `params`: weights and biases, shared by all bit-widths. `affine`: gain and bias of norms. `scales`:
+learned quantizer scales. `stats`: running statistics. The last three hold one bit-width's slice here; `multibit.py` stacks them.
+A tensor between layers is a `Coded`: real float32 values together with the scale of their integer codes, so that every layer
+knows the grid its accumulator lives on.
+
+Modes: 'train' normalises by the batch and reports its moments in the collection `moments`; 'eval' uses running statistics;
+'calibrate' sets scales and statistics from the images at hand, layer by layer in forward order.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from triqdef_jax import quantize
+from triqdef_jax.models.convolution import conv2d
+
+MODES = ("train", "eval", "calibrate")
+NORM_EPSILON = 1e-5
+MAX_INTEGER_BIAS = (
+    2.0**22
+)  # Keeps accumulator + bias exact in float32 (DEPLOY: |acc| + |bias| < 2**24) when a norm gain is near 0.
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerOptions:
+    """What every layer of one network shares.
+
+    Attributes:
+      scale: 'learned' (trained step sizes) or 'observed' (weights: channel maximum; activations: running maximum).
+      dtype: type of the operands of convolutions and of the classifier, 'float32' or 'bfloat16'; everything else is float32.
+    """
+
+    scale: str = "learned"
+    dtype: str = "float32"
+
+
+class Coded(NamedTuple):
+    """Values float32 `[B, ...]` and the scale (scalar, or `[D]` for an accumulator) that turns them into integer codes."""
+
+    values: jax.Array
+    scale: jax.Array
+
+
+def code_images(images: jax.Array, spec: quantize.BitSpec) -> Coded:
+    """Normalise images float32 `[B, H, W, C]` in [0, 1] to (255 x - 128) / 64 and round them to the pixel grid below 32 bits.
+
+    Gradient: straight through for all 256 pixel values, black and white included.
+    """
+    scale = jnp.float32(quantize.INPUT_SCALE)
+    values = (255.0 * images - 128.0) * scale
+    return Coded(quantize.fake_quant_unless(spec.is_float, values, scale, quantize.input_range()), scale)
+
+
+class QuantAct(nn.Module):
+    """Activation quantizer with one scale per tensor; `kind` names its range in `BitSpec`."""
+
+    options: LayerOptions
+    kind: str
+
+    @nn.compact
+    def __call__(self, values: jax.Array, spec: quantize.BitSpec, mode: str) -> Coded:
+        code_range = getattr(spec, self.kind)
+        if self.options.scale == "learned":
+            scale = self._learned(values, code_range.upper, mode)
+        else:
+            scale = self._observed(values, code_range.upper, mode)
+        return Coded(quantize.fake_quant_unless(spec.is_float, values, scale, code_range), scale)
+
+    def _learned(self, values, upper, mode):
+        variable = self.variable("scales", "scale", lambda: jnp.float32(1.0))
+        if mode == "calibrate":
+            variable.value = quantize.learned_scale_start(values, upper)
+        return variable.value
+
+    def _observed(self, values, upper, mode):
+        variable = self.variable("stats", "largest", lambda: jnp.float32(1.0))
+        largest = jax.lax.stop_gradient(jnp.max(jnp.abs(values)))
+        if mode == "calibrate":
+            variable.value = largest
+        elif mode == "train":
+            _report(self, "largest", largest)
+        return quantize.observed_scale(variable.value, upper)
+
+
+class QuantConv(nn.Module):
+    """Convolution without bias, weights signed with one scale per output channel; returns the accumulator.
+
+    `is_edge` selects the range of the first convolution. The scale returned with the accumulator, `[D]`, is the step of the deployed
+    integer accumulator: input scale x weight scale / container factor.
+    """
+
+    options: LayerOptions
+    num_filters: int
+    size: int = 3
+    stride: int = 1
+    is_edge: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: Coded, spec: quantize.BitSpec, mode: str) -> Coded:
+        shape = (self.size, self.size, inputs.values.shape[-1], self.num_filters)
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
+        code_range, container = _weight_range(spec, self.is_edge)
+        quantized, scale = quantize_weights(self, kernel, spec, code_range, mode, axes=(0, 1, 2))
+        values = conv2d(inputs.values, quantized, stride=self.stride, dtype=jnp.dtype(self.options.dtype))
+        return Coded(values, inputs.scale * scale.reshape(-1) / container)
+
+
+class QuantDense(nn.Module):
+    """Classifier `[B, C] -> [B, K]`: edge weights with one scale for all, so that integer logits of one image compare."""
+
+    options: LayerOptions
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, inputs: Coded, spec: quantize.BitSpec, mode: str) -> jax.Array:
+        shape = (inputs.values.shape[-1], self.num_classes)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
+        quantized, scale = quantize_weights(self, kernel, spec, spec.edge_weight, mode, axes=(0, 1))
+        dtype = jnp.dtype(self.options.dtype)
+        logits = jnp.dot(inputs.values.astype(dtype), quantized.astype(dtype), preferred_element_type=jnp.float32)
+        return logits + on_accumulator_grid(bias, inputs.scale * scale.reshape(()) / spec.edge_container, spec)
+
+
+class BitNorm(nn.Module):
+    """Batch normalisation behind an accumulator: y = gain x + bias, the bias rounded to the accumulator's grid on request.
+
+    Statistics in training are those of the whole batch (all devices), gradients flow through them.
+    """
+
+    @nn.compact
+    def __call__(self, inputs: Coded, spec: quantize.BitSpec, mode: str) -> jax.Array:
+        features = inputs.values.shape[-1]
+        gamma = self.variable("affine", "gamma", lambda: jnp.ones(features, jnp.float32))
+        beta = self.variable("affine", "beta", lambda: jnp.zeros(features, jnp.float32))
+        mean, variance = self._statistics(inputs.values, mode)
+        gain = gamma.value * jax.lax.rsqrt(variance + NORM_EPSILON)
+        bias = beta.value - mean * gain
+        return inputs.values * gain + on_accumulator_grid(bias, inputs.scale * jnp.abs(gain), spec)
+
+    def _statistics(self, values, mode):
+        features = values.shape[-1]
+        running_mean = self.variable("stats", "mean", lambda: jnp.zeros(features, jnp.float32))
+        running_var = self.variable("stats", "var", lambda: jnp.ones(features, jnp.float32))
+        if mode == "eval":
+            return running_mean.value, running_var.value
+        mean = jnp.mean(values, axis=(0, 1, 2))
+        variance = jnp.mean(jnp.square(values - mean), axis=(0, 1, 2))
+        if mode == "calibrate":
+            running_mean.value, running_var.value = mean, variance
+        else:
+            _report(self, "mean", jax.lax.stop_gradient(mean))
+            _report(self, "var", jax.lax.stop_gradient(variance))
+        return mean, variance
+
+
+def quantize_weights(module, kernel, spec, code_range, mode, *, axes):
+    """Return (fake-quantized kernel, scale); the scale keeps the dimensions of the kernel, with size 1 along `axes`."""
+    if module.options.scale == "observed":
+        scale = quantize.observed_scale(jnp.max(jnp.abs(kernel), axis=axes, keepdims=True), code_range.upper)
+    else:
+        shape = tuple(1 if axis in axes else size for axis, size in enumerate(kernel.shape))
+        variable = module.variable("scales", "weight_scale", lambda: jnp.ones(shape, jnp.float32))
+        if mode == "calibrate":
+            variable.value = quantize.learned_scale_start(kernel, code_range.upper, axes=axes)
+        scale = variable.value
+    quantized = quantize.fake_quant_unless(spec.is_float, kernel, scale, code_range)
+    return quantized, jnp.maximum(scale, quantize.MIN_SCALE)
+
+
+def on_accumulator_grid(bias: jax.Array, step: jax.Array, spec: quantize.BitSpec) -> jax.Array:
+    """Round a bias `[D]` to multiples of the accumulator's step `[D]` where `spec.round_bias`; straight-through gradient.
+
+    The step is kept large enough for an integer bias of at most `MAX_INTEGER_BIAS` (a norm gain of 0 has no grid of its own).
+    """
+    step = jax.lax.stop_gradient(jnp.maximum(jnp.maximum(step, jnp.abs(bias) / MAX_INTEGER_BIAS), 1e-30))
+    return jnp.where(spec.round_bias, quantize.round_to_grid(bias, step), bias)
+
+
+def _weight_range(spec, is_edge):
+    return (spec.edge_weight, spec.edge_container) if is_edge else (spec.weight, spec.container)
+
+
+def _report(module, name, value):
+    """Put a batch moment into the collection `moments`, where the caller asked for it."""
+    if module.is_mutable_collection("moments"):
+        module.put_variable("moments", name, value)

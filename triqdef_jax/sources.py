@@ -1,0 +1,101 @@
+"""Full-precision source networks and the patch pools made on them; both live in the shared folder and serve many runs.
+
+A source network is an ordinary training run (32 bits, clean images) in `<shared_dir>/source-<hash of its config>`, so it resumes and
+is verified like any other. Source 0 makes the training pool; source 1, of another seed, makes patches that evaluation alone meets.
+"""
+
+import copy
+import pathlib
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from triqdef_jax import config as config_lib
+from triqdef_jax import files, loop, patch_pool, runs
+from triqdef_jax.patch_pool import PatchPool, PoolRequest
+
+SEED_STEP = 1000  # Seeds of a run's source networks lie this far from its own.
+
+
+def source_config(config: ConfigDict, index: int) -> ConfigDict:
+    """Return the config of source network `index` of a run; depends on data, model, optimiser, batch and seed only."""
+    source = copy.deepcopy(config_lib.default())
+    for group in ("data", "model", "optim"):
+        source[group] = copy.deepcopy(config[group])
+    source.seed = config.seed + SEED_STEP * (index + 1)
+    source.quant.bits = (config_lib.quantize.FLOAT_BITS,)
+    source.bact.starts = ()
+    source.loss.method = "qat"
+    source.loss.feature_layers = ()
+    source.train.batch_size = config.train.batch_size
+    source.train.epochs = config.patches.source_epochs
+    for field in ("data.dir", "data.num_workers", "data.prefetch"):  # where data lie does not change what is trained
+        group, name = field.split(".")
+        source[group][name] = config_lib.default()[group][name]
+    return source
+
+
+def source_name(config: ConfigDict, index: int) -> str:
+    return f"source-{files.config_hash(source_config(config, index))}"
+
+
+def train_source(config: ConfigDict, index: int, data, *, is_quiet: bool = False) -> runs.Trained:
+    """Return source network `index`, trained first if the shared folder has none."""
+    workdir = pathlib.Path(config.patches.shared_dir) / source_name(config, index)
+    source = source_config(config, index)
+    runs.open_workdir(workdir, source)
+    run = loop.make_run(source, workdir, data.num_train)
+    loop.train(run, data, None, label=f"source network {index + 1}:", is_quiet=is_quiet)
+    return runs.load_trained(workdir)
+
+
+def request(config: ConfigDict, source_index: int, sizes_px: tuple[int, ...], num_patches: int) -> PoolRequest:
+    """Return the request of a pool of this run's patch settings on one of its source networks."""
+    patches = config.patches
+    return PoolRequest(
+        source=source_name(config, source_index),
+        num_patches=num_patches,
+        sizes_px=tuple(sizes_px),
+        families=tuple(patches.families),
+        shape=patches.shape,
+        num_classes=config_lib.num_classes(config),
+        canvas_px=max(sizes_px),
+        steps=patches.steps,
+        batch_images=patches.batch_images,
+        rotation_deg=patches.rotation_deg,
+        scale_jitter=patches.scale_jitter,
+        seed=config.seed,
+    )
+
+
+def train_pool(config: ConfigDict, data) -> PatchPool:
+    """Return the pool of the run, seen sizes, made on source network 0; its last quarter is held out from training."""
+    wanted = request(config, 0, tuple(config.patches.sizes_px), config.patches.pool_size)
+    return _get(config, wanted, 0, data)
+
+
+def eval_pools(config: ConfigDict, data) -> dict[str, PatchPool]:
+    """Return the pools that evaluation meets, by name: held-out patches of the run's pool, patches of the other source, unseen sizes."""
+    number = config.patches.eval_pool_size
+    pools = {"held-out": train_pool(config, data).split()[1]}
+    pools["other source"] = _get(config, request(config, 1, tuple(config.patches.sizes_px), number), 1, data)
+    for size in config.patches.unseen_sizes_px:
+        pools[f"unseen size {size} px"] = _get(config, request(config, 1, (size,), number), 1, data)
+    return pools
+
+
+def _get(config, wanted, source_index, data):
+    def build_source():
+        trained = train_source(config, source_index, data)
+        print(f"making {wanted.num_patches} patches of {'/'.join(map(str, wanted.sizes_px))} px", flush=True)
+        images, labels = _training_images(data, config.patches.source_images)
+        return trained.logits_fn(trained.network.bits[0]), images, labels
+
+    return patch_pool.get(wanted, config.patches.shared_dir, build_source)
+
+
+def _training_images(data, num_images):
+    """Return the first training images, unaugmented: (float32 `[N, H, W, 3]` in [0, 1], labels int32 `[N]`)."""
+    num_images = min(num_images, data.num_train)
+    batch = next(iter(data.eval_batches("train", num_images)))
+    return loop.unit_range(jnp.asarray(batch["images"])), jnp.asarray(batch["labels"])

@@ -1,0 +1,49 @@
+"""Train a run: `python -m triqdef_jax.train --config=configs/digits.py [--workdir=DIR] [--config.a.b=value]`.
+
+The same command again resumes where the run stopped; a finished run says so. Exit codes: 0 done, 1 failed, 2 bad input, 42 preempted after
+saving (start the same command again).
+"""
+
+import pathlib
+import sys
+
+from triqdef_jax import entry
+
+_CONFIG, _WORKDIR = entry.define_config_flags(default="configs/digits.py")
+
+
+def main(argv):
+    del argv
+    from triqdef_jax import config as config_lib
+    from triqdef_jax import data, loop, runs, sources
+
+    config = _CONFIG.value
+    with entry.user_errors():
+        config_lib.validate(config)
+        workdir = pathlib.Path(
+            _WORKDIR.value or runs.default_workdir(*entry.config_source(_CONFIG), entry.config_overrides(_CONFIG))
+        )
+        loaded = data.load(config.data)
+        run = loop.make_run(config, workdir, loaded.num_train)
+        runs.open_workdir(workdir, config)
+    pool = None
+    if run.method.needs_pool:
+        with entry.user_errors():
+            pool = sources.train_pool(config, loaded).split()[0]
+    try:
+        step = loop.train(run, loaded, pool)
+    except loop.NonFiniteLossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return entry.EXIT_FAILED
+    if step < run.num_steps:
+        print(
+            f"preempted: step {step} of {run.num_steps} is saved in {workdir}; the same command continues",
+            file=sys.stderr,
+        )
+        return entry.EXIT_PREEMPTED
+    print(f"finished: {run.num_steps} steps in {workdir}")
+    return 0
+
+
+if __name__ == "__main__":
+    entry.run_program(main)

@@ -1,0 +1,242 @@
+"""One optimisation step: `bit_forward` -> `penalties` -> `bit_backward` -> `update`, under two compilation plans.
+
+Every active bit-width runs one forward on the clean and one on the patched images; cross-entropy, feature maps and input gradient come from
+the same forward. Pair penalties are differentiated with respect to the maps alone, and each bit-width's pullback takes the result
+back to the weights. Plan 'per_bit' compiles each piece once for all bit-widths and stages (one device); plan 'fused' compiles their
+composition per set of active bits. Arrays live on devices, nothing here waits for them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from triqdef_jax import perceptual, quantize, sharding
+from triqdef_jax.models import multibit
+from triqdef_jax.models.multibit import MultiBitNetwork, Slot, Weights
+from triqdef_jax.objectives.methods import Inputs, Method
+from triqdef_jax.objectives.penalties import INPUT_GRADIENT
+
+PLANS = ("per_bit", "fused")
+Tree = Any
+
+
+class TrainState(NamedTuple):
+    """All that training carries from step to step; arrays only, saved as it is.
+
+    Attributes:
+      step: int32 scalar, number of finished steps.
+      weights: `Weights`; stats: running statistics, stacked over bit-widths; opt_state: momentum of the optimiser.
+    """
+
+    step: jax.Array
+    weights: Weights
+    stats: Tree
+    opt_state: Tree
+
+
+class BitReport(NamedTuple):
+    """What one bit-width reports beside its loss: means over images, and the batch moments of its norms."""
+
+    ce_clean: jax.Array
+    acc_clean: jax.Array
+    ce_patched: jax.Array
+    acc_patched: jax.Array
+    moments: Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """Static part of the step.
+
+    Attributes:
+      network, method: what is trained and how. optimizer: optax transformation over `Weights`.
+      map_reduction: how channels become one map, see `perceptual.channel_map`.
+      pooled_stats: running statistics learn from clean and patched images; False takes the clean ones alone.
+    """
+
+    network: MultiBitNetwork
+    method: Method
+    optimizer: optax.GradientTransformation
+    map_reduction: str = "mean"
+    pooled_stats: bool = True
+
+
+def bit_forward(
+    settings: StepSettings, weights: Weights, stats: Tree, slot: Slot, spec: quantize.BitSpec, inputs: Inputs
+):
+    """Run one bit-width forward.
+
+    Args:
+      weights, stats: all bit-widths' arrays; slot, spec: which bit-width, may be traced. inputs: clean and patched images.
+
+    Returns:
+      ((loss, maps), report, pullback): the bit-width's scalar loss, its maps float32 `[b, h, w]` in [0, 1] by name, a `BitReport`, and the
+      function that takes cotangents of (loss, maps) to the gradient of `Weights`.
+    """
+
+    def outputs(weights):
+        ce_clean, acc_clean, moments = _clean_part(settings, weights, stats, slot, spec, inputs)
+        if inputs.patched_images is None:
+            zero = jnp.float32(0)
+            return (settings.method.bit_terms(ce_clean, None), {}), BitReport(ce_clean, acc_clean, zero, zero, moments)
+        ce_patched, acc_patched, maps, patched_moments = _patched_part(settings, weights, stats, slot, spec, inputs)
+        if settings.pooled_stats:
+            counts = [inputs.images.shape[0], inputs.patched_images.shape[0]]
+            moments = multibit.pool_moments([moments, patched_moments], counts)
+        loss = settings.method.bit_terms(ce_clean, ce_patched)
+        return (loss, maps), BitReport(ce_clean, acc_clean, ce_patched, acc_patched, moments)
+
+    values, pullback, report = jax.vjp(outputs, weights, has_aux=True)
+    return values, report, pullback
+
+
+def _clean_part(settings, weights, stats, slot, spec, inputs):
+    logits, _, moments = settings.network.train_forward(weights, stats, slot, spec, inputs.images)
+    return cross_entropy(logits, inputs.labels), accuracy(logits, inputs.labels), moments
+
+
+def _patched_part(settings, weights, stats, slot, spec, inputs):
+    """Cross-entropy, maps and input gradient of the patched images, from one forward."""
+
+    def loss(images):
+        logits, features, moments = settings.network.train_forward(weights, stats, slot, spec, images)
+        return cross_entropy(logits, inputs.patched_labels), (logits, features, moments)
+
+    if INPUT_GRADIENT in settings.method.map_layers:
+        (ce, aux), gradient = jax.value_and_grad(loss, has_aux=True)(inputs.patched_images)
+    else:
+        (ce, aux), gradient = loss(inputs.patched_images), None
+    logits, features, moments = aux
+    sources = features if gradient is None else {**features, INPUT_GRADIENT: gradient}
+    maps = {
+        name: perceptual.channel_map(sources[name], reduction=settings.map_reduction)
+        for name in settings.method.map_layers
+    }
+    return ce, accuracy(logits, inputs.patched_labels), maps, moments
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return the mean cross-entropy in nats of logits `[B, K]` and labels int32 `[B]`."""
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return the share of images whose largest logit is at the label."""
+    return jnp.mean(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.float32)
+
+
+def penalties(settings: StepSettings, bits: jax.Array, maps: list[dict[str, jax.Array]], ramp: jax.Array):
+    """Return (ramp x penalty, similarities by map name, cotangents of the maps, one dict per bit-width).
+
+    Args:
+      bits: int32 `[K]`, 0 for padding. maps: one dict of maps `[b, h, w]` per entry of `bits`. ramp: factor in [0, 1].
+    """
+
+    def total(maps):
+        stacks = {name: jnp.stack([m[name] for m in maps]) for name in maps[0]}
+        penalty, similarities = settings.method.pair_penalty(stacks, bits)
+        return ramp * penalty, similarities
+
+    (penalty, similarities), cotangents = jax.value_and_grad(total, has_aux=True)(maps)
+    return penalty, similarities, cotangents
+
+
+def bit_backward(pullback: Callable, bit_weight: jax.Array, map_cotangents: dict[str, jax.Array]) -> Weights:
+    """Pull the loss's weight (1 / number of active bits) and the maps' cotangents back to a gradient of `Weights`."""
+    return pullback((bit_weight, map_cotangents))[0]
+
+
+def update(settings: StepSettings, state: TrainState, gradients: Weights, slots: list[Slot], moments: list[Tree]):
+    """Apply the optimiser and one running-statistics update per active bit-width; returns (state, gradient norm)."""
+    updates, opt_state = settings.optimizer.update(gradients, state.opt_state, state.weights)
+    weights = optax.apply_updates(state.weights, updates)
+    stats = state.stats
+    for slot, moment in zip(slots, moments, strict=True):
+        stats = multibit.update_stats(stats, slot, moment)
+    return TrainState(state.step + 1, weights, stats, opt_state), optax.global_norm(gradients)
+
+
+class Pieces(NamedTuple):
+    """The functions that one step is composed of, plain or each compiled on its own."""
+
+    forward: Callable
+    penalties: Callable
+    backward: Callable
+    add: Callable
+    finish: Callable
+
+
+def make_pieces(settings: StepSettings, compile_piece: Callable = lambda piece, **_: piece) -> Pieces:
+    """Bind the settings to the pieces; `compile_piece(function, **jit_options)` may compile each of them."""
+    return Pieces(
+        forward=compile_piece(functools.partial(bit_forward, settings)),
+        penalties=compile_piece(functools.partial(penalties, settings)),
+        backward=compile_piece(bit_backward),  # pullbacks are never donated: weights hide among their residuals
+        add=compile_piece(functools.partial(jax.tree.map, jnp.add), donate_argnums=0),
+        finish=compile_piece(functools.partial(_finish, settings), donate_argnums=0),
+    )
+
+
+def make_step(settings: StepSettings, *, plan: str, mesh: jax.sharding.Mesh) -> Callable:
+    """Return `step(state, inputs, bits, slots, specs, ramp) -> (state, metrics)`.
+
+    Args of the returned function:
+      state: `TrainState`, donated. inputs: `Inputs`. bits: active bit-widths, a static tuple. slots, specs: one `Slot` and one `BitSpec` for
+      each. ramp: factor of the penalties in [0, 1].
+    mesh: devices over which the fused plan splits the batch; the state is replicated.
+
+    Raises:
+      ValueError: for an unknown plan.
+    """
+    if plan not in PLANS:
+        raise ValueError(f"train.plan must be one of auto, {', '.join(PLANS)}, got {plan!r}")
+    if plan == "per_bit":
+        return functools.partial(run_step, settings, make_pieces(settings, jax.jit))
+    pieces, everywhere = make_pieces(settings), sharding.replicated(mesh)
+
+    def step(state, inputs, bits, slots, specs, ramp):
+        inputs = jax.lax.with_sharding_constraint(inputs, sharding.batch_sharding(mesh))
+        return run_step(settings, pieces, state, inputs, bits, slots, specs, ramp)
+
+    return jax.jit(step, static_argnums=2, donate_argnums=0, out_shardings=(everywhere, everywhere))
+
+
+def run_step(settings, pieces, state, inputs, bits, slots, specs, ramp):
+    """Compose the pieces into one step; the loop over bit-widths is unrolled under either plan."""
+    values, reports, pullbacks = zip(
+        *(
+            pieces.forward(state.weights, state.stats, slot, spec, inputs)
+            for slot, spec in zip(slots, specs, strict=True)
+        ),
+        strict=True,
+    )
+    losses, maps = zip(*values, strict=True)
+    if settings.method.pair_penalty is not None and len(bits) > 1:
+        # Padded to all bit-widths, so that the per-bit plan compiles the descriptors once for the whole curriculum.
+        padding = [jax.tree.map(jnp.zeros_like, maps[0])] * (len(settings.network.bits) - len(bits))
+        all_bits = np.array([*bits, *[0] * len(padding)], np.int32)
+        penalty, similarities, cotangents = pieces.penalties(all_bits, [*maps, *padding], ramp)
+        cotangents = cotangents[: len(bits)]
+    else:
+        penalty, similarities, cotangents = jnp.float32(0), {}, jax.tree.map(jnp.zeros_like, list(maps))
+    gradients = None
+    for pullback, cotangent in zip(pullbacks, cotangents, strict=True):
+        gradient = pieces.backward(pullback, jnp.float32(1 / len(bits)), cotangent)
+        gradients = gradient if gradients is None else pieces.add(gradients, gradient)
+    return pieces.finish(state, gradients, slots, losses, penalty, reports, similarities)
+
+
+def _finish(settings, state, gradients, slots, losses, penalty, reports, similarities):
+    """Update the state and gather the metrics of the step."""
+    new_state, gradient_norm = update(settings, state, gradients, slots, [report.moments for report in reports])
+    loss = sum(losses) / len(losses) + penalty
+    metrics = {"loss": loss, "penalty": penalty, "gradient_norm": gradient_norm, "similarity": similarities}
+    for name in BitReport._fields[:-1]:
+        metrics[name] = jnp.stack([getattr(report, name) for report in reports])
+    return new_state, metrics
