@@ -1,4 +1,4 @@
-"""Evaluate a trained run: `python -m triqdef_jax.evaluate --workdir=runs/digits [--deployed] [--extra_bits=3,6]`.
+"""Evaluate a trained run: `python -m triqdef_jax.evaluate --workdir=runs/digits [--deployed] [--extra_bits=3,6] [--clean_only]`.
 
 Prints clean accuracy per bit-width and the success of patches that training never met: the held-out quarter of its pool, patches of a
 second source network, unseen sizes. Every rate comes with its count and a 95 % interval, bootstrapped over patches and images.
@@ -65,7 +65,7 @@ def make_predictor(trained, data, bits: int, *, deployed: bool):
     variables = trained.variables(bits, calibration)
     spec = trained.spec(bits)
     if deployed and bits != quantize.FLOAT_BITS:
-        model = deploy.integer_model(trained.network, variables, spec)
+        model = deploy.integer_model(trained.network.module, variables, spec, data.image_size_px)
         return lambda images: _argmax(deploy.integer_forward(model, images))
     predict = _fake_quant_predictor(trained.network.module)
     return lambda images: predict(variables, spec, images)
@@ -248,14 +248,14 @@ def main(argv):
         trained = runs.load_trained(flags.FLAGS.workdir)
         extra = tuple(quantize.check_bits(int(b)) for b in flags.FLAGS.extra_bits)
         loaded = data.load(trained.config.data)
-        pools = sources.eval_pools(trained.config, loaded)
+        pools = {} if flags.FLAGS.clean_only else sources.eval_pools(trained.config, loaded)
     bits = (*trained.network.bits, *(b for b in extra if b not in trained.network.bits))
     is_terminal = sys.stderr.isatty()
     progress = (lambda text: print(f"\r{text:<60}", end="", file=sys.stderr)) if is_terminal else None
     outcomes = evaluate(trained, loaded, pools, bits=bits, deployed=flags.FLAGS.deployed, progress=progress)
     summary = summarise(outcomes, bits, seed=trained.config.seed)
     record = describe(trained, summary, deployed=flags.FLAGS.deployed, workdir=flags.FLAGS.workdir)
-    name = "evaluation_deployed" if flags.FLAGS.deployed else "evaluation"
+    name = "_".join(["clean" if flags.FLAGS.clean_only else "evaluation", *["deployed"] * flags.FLAGS.deployed])
     path = _save(flags.FLAGS.workdir, name, record, outcomes)
     if is_terminal:
         print(file=sys.stderr)
@@ -270,5 +270,6 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of a trained run.")
     flags.DEFINE_bool("deployed", False, "Measure the integer forward that ships instead of the fake-quant graph.")
+    flags.DEFINE_bool("clean_only", False, "Measure clean accuracy alone, without patches.")
     flags.DEFINE_list("extra_bits", [], "Bit-widths that were not trained, calibrated for this evaluation (3,6).")
     entry.run_program(main)

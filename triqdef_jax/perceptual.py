@@ -78,8 +78,9 @@ def channel_map(features: jax.Array, *, reduction: str = "mean") -> jax.Array:
     Returns:
       float32 [..., H, W] in [0, 1], or [..., C, H, W] for ``'per_channel'``; an all-zero map stays all zeros.
 
-    Raises ValueError on an unknown reduction, integers, or fewer than three axes.
-    Gradient: a map's maximum is a constant (stop-gradient); zero where a feature is zero; ties in ``'max'`` share it.
+    Raises ValueError on an unknown reduction, integers, or too few axes.
+    Gradient: a map's maximum is a constant (stop-gradient); ties in ``'max'`` share it. At zero the absolute value has
+    the slope 1 of its right side, so that unsigned features of code 0 are reached; an all-zero map gives none.
 
     Reference: Guesmi et al., TriQDef, ICLR 2026, names neither the reduction nor the normalisation. Mean of absolute
     values: the published figures show single-channel maps. Maximum: `soft_edges` needs a fixed range.
@@ -339,8 +340,7 @@ def _unit_length(vectors: jax.Array) -> jax.Array:
 def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the cosine of the angle between vectors, ``sum(a b) / (|a| |b|)``.
 
-    Takes float32 [..., D] of any scale, leading axes broadcast, and returns float32 [...] in [-1, 1]; 0 where either
-    vector is zero (its largest value at most 1e-30).
+    Takes float32 [..., D] of any scale, leading axes broadcast; returns float32 [...], 0 where either vector is zero.
     Raises ValueError on vectors of different D. Gradient: none at a zero vector, where the true one is undefined.
     """
     a, b = _as_float("a", a, min_rank=1), _as_float("b", b, min_rank=1)

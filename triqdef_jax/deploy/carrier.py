@@ -1,0 +1,97 @@
+"""The carrier forward: float32 tensors that hold whole numbers and compute what integer runtimes compute, bit for bit.
+
+Requantization follows ONNX Runtime and XNNPACK: clip(rne(f32(acc + bias) * M)). Operands are at most 255 in magnitude and partial sums stay below
+2**24, so every product and sum is exact in float32, also where matrix units take bfloat16 operands; `round` removes Winograd noise.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from triqdef_jax.deploy.integer_model import (
+    INPUT,
+    PIXEL_OFFSET,
+    Add,
+    Conv,
+    Dense,
+    IntegerModel,
+    MaxPool,
+    MeanPool,
+    Requantize,
+)
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+@jax.jit
+def integer_forward(model: IntegerModel, images: jax.Array) -> jax.Array:
+    """Return the logits float32 `[B, K]` of raw images uint8 `[B, H, W, 3]`: integer logits times one scale. No gradient."""
+    logits, scale = run(model, images)
+    return logits.astype(jnp.float32) * scale
+
+
+def run(model: IntegerModel, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Run all operations; returns (integer logits int32 `[B, K]`, their scale)."""
+    if images.dtype != jnp.uint8:
+        raise ValueError(f"images must be raw uint8 pixels, got {images.dtype}")
+    tensors = {INPUT: images.astype(jnp.float32) - PIXEL_OFFSET}
+    *operations, classifier = model.operations
+    for operation in operations:
+        tensors[operation.output] = RULES[type(operation)](operation, tensors)
+    return _dense(classifier, tensors), classifier.scale
+
+
+def _conv(operation: Conv, tensors):
+    images, weights = tensors[operation.source], operation.weights.astype(jnp.float32)
+    total = _exact_sum(operation.num_splits, images, weights, 2, functools.partial(_convolve, operation.stride))
+    return _requantize((total + operation.bias).astype(jnp.float32) * operation.multiplier, operation)
+
+
+def _convolve(stride, images, weights):
+    padding = [(size // 2, size // 2) for size in weights.shape[:2]]
+    return jax.lax.conv_general_dilated(images, weights, (stride, stride), padding, dimension_numbers=LAYOUT)
+
+
+def _exact_sum(num_splits, inputs, weights, axis, product):
+    """Sum products over groups of input channels (the `axis` of weights), each exact in float32, in int32."""
+    edges = np.cumsum([0, *(len(part) for part in np.array_split(np.arange(weights.shape[axis]), num_splits))])
+    parts = [
+        product(inputs[..., low:high], jax.lax.slice_in_dim(weights, low, high, axis=axis))
+        for low, high in zip(edges, edges[1:], strict=False)
+    ]
+    return sum(jnp.round(part).astype(jnp.int32) for part in parts)
+
+
+def _dense(operation: Dense, tensors):
+    product = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
+    return (
+        jnp.round(product(tensors[operation.source], operation.weights.astype(jnp.float32))).astype(jnp.int32)
+        + operation.bias
+    )
+
+
+def _requantize(values, operation):
+    return jnp.clip(jnp.round(values), operation.lower, operation.upper)
+
+
+def _rescale(operation: Requantize, tensors):
+    return _requantize(tensors[operation.source] * operation.multiplier, operation)
+
+
+def _add(operation: Add, tensors):
+    a, b = tensors[operation.source], tensors[operation.source_b]
+    return _requantize(a * operation.multiplier_a + b * operation.multiplier_b, operation)
+
+
+def _max_pool(operation: MaxPool, tensors):
+    padding = ((0, 0), (1, 1), (1, 1), (0, 0))
+    return jax.lax.reduce_window(tensors[operation.source], 0.0, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
+
+
+def _mean_pool(operation: MeanPool, tensors):
+    return _requantize(jnp.sum(tensors[operation.source], axis=(1, 2)) * operation.multiplier, operation)
+
+
+RULES = {Conv: _conv, Requantize: _rescale, Add: _add, MaxPool: _max_pool, MeanPool: _mean_pool}
