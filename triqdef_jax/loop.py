@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from triqdef_jax import calibration, config as config_lib, curriculum, optimizer, sharding
+from triqdef_jax import calibration, curriculum, optimizer, sharding
+from triqdef_jax import config as config_lib
 from triqdef_jax.checkpoints import Checkpointer
 from triqdef_jax.models.multibit import MultiBitNetwork
 from triqdef_jax.objectives.methods import Method, Pool

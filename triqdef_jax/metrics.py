@@ -45,6 +45,18 @@ class McNemar(NamedTuple):
 def success_counts(clean_pred, patched_pred, labels, target=None) -> dict[str, Count]:
     """Count what patches achieved, under four names because four denominators are in use.
 
+    Args, Raises, definitions: as `success_masks`.
+
+    Returns:
+      Dict of `Count`; integers for one patch, integer arrays [P] for P.
+    """
+    masks = success_masks(clean_pred, patched_pred, labels, target)
+    return {name: Count(num.sum(axis=-1), den.sum(axis=-1)) for name, (num, den) in masks.items()}
+
+
+def success_masks(clean_pred, patched_pred, labels, target=None) -> dict[str, Count]:
+    """Say for each image whether it counts and whether it is a success, under four names.
+
     * `robust_acc`: right with the patch / all images.
     * `asr_correct`, the headline: wrong with the patch and right before / right before.
     * `asr_all`: prediction changed by the patch / all images.
@@ -61,7 +73,7 @@ def success_counts(clean_pred, patched_pred, labels, target=None) -> dict[str, C
       target: None, an int, or int [P]; -1 stands for untargeted.
 
     Returns:
-      Dict of `Count`; integers for one patch, integer arrays [P] for P.
+      Dict of `Count` whose `num` and `den` are bool arrays of the shape of `patched_pred`.
 
     Raises:
       ValueError: when shapes do not agree or a target is below -1.
@@ -73,13 +85,15 @@ def success_counts(clean_pred, patched_pred, labels, target=None) -> dict[str, C
     is_other = labels != target  # all images for an untargeted patch
     was_right, is_right = clean == labels, patched == labels
     is_aimed = (target >= 0) & is_other
-    return {
-        "robust_acc": _count(is_right, np.ones_like(is_right)),
-        "asr_correct": _count(~is_right, was_right & is_other),
-        "asr_all": _count(patched != clean, np.ones_like(is_right)),
-        "tsr": _count(patched == target, is_aimed),
-        "tsr_clean": _count(clean == target, is_aimed),
+    everything = np.ones_like(is_right)
+    pairs = {
+        "robust_acc": (is_right, everything),
+        "asr_correct": (~is_right, was_right & is_other),
+        "asr_all": (patched != clean, everything),
+        "tsr": (patched == target, is_aimed),
+        "tsr_clean": (clean == target, is_aimed),
     }
+    return {name: _masks(*pair) for name, pair in pairs.items()}
 
 
 def wilson(num: int, den: int, *, level: float = 0.95) -> Interval:
@@ -173,9 +187,9 @@ def mcnemar(correct_a, correct_b) -> McNemar:
     return McNemar(int((a & b).sum()), only_a, only_b, int((~a & ~b).sum()), float(p_value))
 
 
-def _count(is_success, is_counted):
+def _masks(is_success, is_counted):
     is_success, is_counted = np.broadcast_arrays(is_success, is_counted)
-    return Count((is_success & is_counted).sum(axis=-1), is_counted.sum(axis=-1))
+    return Count(is_success & is_counted, is_counted)
 
 
 def _resampled_rates(num, den, rng, num_resamples):

@@ -5,6 +5,7 @@ Requantization follows ONNX Runtime and XNNPACK: clip(rne(f32(acc + bias) * M)).
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def _exact_sum(num_splits, inputs, weights, axis, product):
     edges = np.cumsum([0, *(len(part) for part in np.array_split(np.arange(weights.shape[axis]), num_splits))])
     parts = [
         product(inputs[..., low:high], jax.lax.slice_in_dim(weights, low, high, axis=axis))
-        for low, high in zip(edges, edges[1:], strict=False)
+        for low, high in itertools.pairwise(edges)
     ]
     return sum(jnp.round(part).astype(jnp.int32) for part in parts)
 
