@@ -25,7 +25,7 @@ PATCH_FAMILIES = ("lavan", "gap")
 
 
 def default() -> ConfigDict:
-    """Return the digits run: the full method on real images within minutes on two CPU cores."""
+    """Return the digits run: the full method on real images within minutes on two CPU cores. Locked: no field can be added."""
     return ConfigDict(
         {
             "seed": 0,  # root of all randomness of the run
@@ -119,7 +119,7 @@ def default() -> ConfigDict:
                 "images": 0,  # first so many test images under attack; 0 means all
             },
         }
-    )
+    ).lock()
 
 
 def image_size_px(config: ConfigDict) -> int:
@@ -128,6 +128,7 @@ def image_size_px(config: ConfigDict) -> int:
 
 
 def num_classes(config: ConfigDict) -> int:
+    """Return the number of classes of the data set."""
     return DATASETS[config.data.name][1]
 
 
@@ -173,6 +174,7 @@ def make_training_method(config: ConfigDict) -> Method:
 def validate(config: ConfigDict) -> None:
     """Raise ValueError, one line, for a value or combination that cannot run; reads no data and starts no device."""
     _validate_choices(config)
+    _validate_counts(config)
     _validate_quant(config.quant)
     _validate_loss(config)
     _validate_train(config)
@@ -200,6 +202,14 @@ def _validate_choices(config):
         group, name = field.split(".")
         if config[group][name] not in known:
             raise ValueError(f"{field} must be one of {', '.join(known)}, got {config[group][name]!r}")
+
+
+def _validate_counts(config):
+    for field in ("image_size_px", "train_images", "num_workers", "prefetch"):
+        _require(config.data[field] >= 0, f"data.{field} must be at least 0", config.data[field])
+    _require(config.model.width >= 0, "model.width must be at least 0", config.model.width)
+    _require(config.eval.batch_size >= 1, "eval.batch_size must be at least 1", config.eval.batch_size)
+    _require(config.eval.images >= 0, "eval.images must be at least 0", config.eval.images)
 
 
 def _validate_quant(quant):
@@ -242,6 +252,7 @@ def _validate_train(config):
     for name in ("batch_size", "epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
         _require(train[name] >= 1, f"train.{name} must be at least 1", train[name])
     _require(optim.lr > 0, "optim.lr must be positive", optim.lr)
+    _require(optim.gamma > 0, "optim.gamma must be positive", optim.gamma)
     _require(0 <= optim.momentum < 1, "optim.momentum must lie in [0, 1)", optim.momentum)
     for name in ("weight_decay", "warmup_epochs", "clip_norm"):
         _require(optim[name] >= 0, f"optim.{name} must be at least 0", optim[name])
@@ -275,6 +286,9 @@ def _validate_patches(config):
     _require(patches.pool_size >= 4, "patches.pool_size must be at least 4 (a quarter is held out)", patches.pool_size)
     for name in ("eval_pool_size", "steps", "batch_images", "source_epochs", "attack_steps", "source_images"):
         _require(patches[name] >= 1, f"patches.{name} must be at least 1", patches[name])
+    _require(patches.online_steps >= 0, "patches.online_steps must be at least 0", patches.online_steps)
+    for name in ("online_step_size", "attack_step_size"):
+        _require(patches[name] > 0, f"patches.{name} must be positive", patches[name])
     unknown = set(patches.families) - set(PATCH_FAMILIES)
     _require(
         bool(patches.families) and not unknown,

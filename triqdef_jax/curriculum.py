@@ -74,12 +74,12 @@ def stage_index(stages: Sequence[Stage], step: int) -> int:
     return max(index for index, stage in enumerate(stages) if stage.start <= step)
 
 
-def penalty_ramp(step, *, warmup_steps: int, start: int = 0):
+def penalty_ramp(step: int, *, warmup_steps: int, start: int = 0) -> float:
     """Return the factor in [0, 1] of the penalties at `step`, rising linearly over `warmup_steps` after `start`; 1 without warm-up.
 
     Args:
-      step: int or traced int32 scalar.
+      step: the step about to run, an int of the host.
     """
     if warmup_steps == 0:
         return 1.0
-    return ((step - start + 1) / warmup_steps).clip(0.0, 1.0)
+    return min(max((step - start + 1) / warmup_steps, 0.0), 1.0)

@@ -53,7 +53,7 @@ def make_predictor(trained, data, bits: int, *, deployed: bool):
     variables = trained.variables(bits, calibration)
     spec = trained.spec(bits)
     if deployed and bits != quantize.FLOAT_BITS:
-        model = deploy.integer_model(trained.network.module, variables, spec, data.image_size_px)
+        model = deploy.lower(trained.network.module, variables, spec, data.image_size_px)
         return lambda images: _argmax(deploy.integer_forward(model, images))
     predict = _fake_quant_predictor(trained.network.module)
     return lambda images: predict(variables, spec, images)

@@ -163,6 +163,9 @@ def fake_quant(values: jax.Array, scale: jax.Array, lower: jax.Array, upper: jax
     Returns:
       float32 array of the shape of `values`.
 
+    Raises:
+      ValueError: the scale is neither a scalar nor of the rank of `values`, so the values that share it cannot be counted.
+
     Gradient:
       To values: passes where the rounded code lies inside [lower, upper], both ends included, and is 0 outside. To scale: the learned
       step size gradient (code - v/s) inside and the bound outside, times 1/sqrt(N * upper), where N counts weights per scale or activation
@@ -173,6 +176,11 @@ def fake_quant(values: jax.Array, scale: jax.Array, lower: jax.Array, upper: jax
       Esser et al., Learned Step Size Quantization, ICLR 2020, eq. 1-3. Deviation: the mask is decided on the rounded code, because
       |v| <= upper * s loses the gradient of channel maxima to float rounding.
     """
+    if jnp.ndim(scale) not in (0, jnp.ndim(values)):
+        raise ValueError(
+            f"scale must be a scalar or have the rank of values with size 1 where it is shared, got scale {jnp.shape(scale)} "
+            f"for values {jnp.shape(values)}"
+        )
     used = jnp.maximum(scale, MIN_SCALE)
     return jnp.clip(jnp.round(values / used), lower, upper) * used
 

@@ -159,7 +159,7 @@ def update(settings: StepSettings, state: TrainState, gradients: Weights, slots:
     stats = state.stats
     for slot, moment in zip(slots, moments, strict=True):
         stats = multibit.update_stats(stats, slot, moment)
-    return TrainState(state.step + 1, weights, stats, opt_state), optax.global_norm(gradients)
+    return TrainState(state.step + 1, weights, stats, opt_state), optax.tree.norm(gradients)
 
 
 class Pieces(NamedTuple):

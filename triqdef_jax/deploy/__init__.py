@@ -1,16 +1,16 @@
 """The network that ships: one bit-width, integers only. Lowering of a trained network, and the carrier forward that defines its result."""
 
 from triqdef_jax.deploy.carrier import integer_forward
-from triqdef_jax.deploy.integer_model import IntegerModel
-from triqdef_jax.deploy.lower_resnet import lower_resnet
+from triqdef_jax.deploy.operations import IntegerModel
+from triqdef_jax.deploy.resnet import lower_resnet
 from triqdef_jax.models.resnet import ResNet
 
-__all__ = ["IntegerModel", "integer_forward", "integer_model"]
+__all__ = ["IntegerModel", "integer_forward", "lower"]
 
 LOWERINGS = {ResNet: lower_resnet}
 
 
-def integer_model(module, variables: dict, spec, image_size_px: int) -> IntegerModel:
+def lower(module, variables: dict, spec, image_size_px: int) -> IntegerModel:
     """Lower one bit-width of a trained network to integers.
 
     Args:

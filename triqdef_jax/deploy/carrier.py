@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from triqdef_jax.deploy.integer_model import (
+from triqdef_jax.deploy.operations import (
     INPUT,
     PIXEL_OFFSET,
     Add,

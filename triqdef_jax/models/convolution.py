@@ -36,8 +36,13 @@ def conv2d(inputs: jax.Array, kernel: jax.Array, *, stride: int = 1, dtype: jnp.
     Returns:
       float32 `[B, ceil(H / stride), ceil(W / stride), D]`.
 
+    Raises:
+      ValueError: for a kernel of even size, which has no centre.
+
     Gradient: to both arguments, any number of times in reverse mode; the casts count as the identity.
     """
+    if not all(n % 2 for n in kernel.shape[:2]):
+        raise ValueError(f"the kernel's height and width must be odd, got a kernel of shape {kernel.shape}")
     size, image = kernel.shape[:2], inputs.shape[1:3]
     pad = (size[0] // 2, size[1] // 2)
     output = tuple((n + 2 * p - k) // stride + 1 for n, p, k in zip(image, pad, size, strict=True))
@@ -78,7 +83,7 @@ def _input_gradient(geometry, cotangent, kernel):
     """Pull an output cotangent `[B, H', W', D]` back to the inputs `[B, H, W, C]`: a convolution with the flipped kernel."""
     padding = []
     for pad, size, image, output in zip(
-        geometry.pad, geometry.kernel_shape, geometry.image_shape, geometry.output_shape
+        geometry.pad, geometry.kernel_shape, geometry.image_shape, geometry.output_shape, strict=True
     ):
         low = size - 1 - pad
         padding.append((low, image + size - 1 - low - ((output - 1) * geometry.stride + 1)))
@@ -106,7 +111,7 @@ def _kernel_gradient(geometry, inputs, cotangent):
     """Pull an output cotangent back to the kernel: correlate the images with it, the batch being what is summed over."""
     padding = []
     for pad, size, image, output in zip(
-        geometry.pad, geometry.kernel_shape, geometry.image_shape, geometry.output_shape
+        geometry.pad, geometry.kernel_shape, geometry.image_shape, geometry.output_shape, strict=True
     ):
         padding.append((pad, size - 1 + (output - 1) * geometry.stride + 1 - image - pad))
     layout = ("CHWN", "IHWO", "HWNC")

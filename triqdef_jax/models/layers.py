@@ -69,7 +69,8 @@ class QuantAct(nn.Module):
             scale = self._learned(values, code_range.upper, mode)
         else:
             scale = self._observed(values, code_range.upper, mode)
-        return Coded(quantize.fake_quant_unless(spec.is_float, values, scale, code_range), scale)
+        quantized = quantize.fake_quant_unless(spec.is_float, values, scale, code_range)
+        return Coded(quantized, jnp.maximum(scale, quantize.MIN_SCALE))
 
     def _learned(self, values, upper, mode):
         variable = self.variable("scales", "scale", lambda: jnp.float32(1.0))

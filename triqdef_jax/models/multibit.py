@@ -78,7 +78,8 @@ class MultiBitNetwork:
     def init(self, key: jax.Array, image_size_px: int) -> tuple[Weights, Tree]:
         """Return (weights, running statistics), every bit-width starting alike; scales are set by `calibrate` before use."""
         images = jnp.zeros((1, image_size_px, image_size_px, 3), jnp.float32)
-        variables = self.module.init(key, images, self.spec(quantize.FLOAT_BITS), "eval")
+        init = jax.jit(self.module.init, static_argnums=3)  # one compilation instead of one per operation
+        variables = init(key, images, self.spec(quantize.FLOAT_BITS), "eval")
         first = self.slot(self.bits[-1])
         stacks = {
             name: jax.tree.map(lambda x, n=last + 1: jnp.stack([x] * n), variables.get(name, {}))

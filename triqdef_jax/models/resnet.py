@@ -14,7 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from triqdef_jax import quantize
-from triqdef_jax.models.layers import BitNorm, Coded, LayerOptions, QuantAct, QuantConv, QuantDense, code_images
+from triqdef_jax.models.layers import (
+    MODES,
+    BitNorm,
+    Coded,
+    LayerOptions,
+    QuantAct,
+    QuantConv,
+    QuantDense,
+    code_images,
+)
 
 IMAGENET_STEM_STRIDE = 4  # A stride-2 convolution, then a stride-2 maximum pool.
 
@@ -114,6 +123,8 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, spec: quantize.BitSpec, mode: str) -> tuple[jax.Array, dict[str, jax.Array]]:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         stream = self._stem(code_images(images, spec), spec, mode)
         features = {"stem": stream.values}
         for name, num_filters, stride in self.plan.blocks():

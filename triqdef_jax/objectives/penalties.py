@@ -82,7 +82,7 @@ def similarity(stack: jax.Array, name: str, settings: PenaltySettings) -> Simila
 def descriptors(stack: jax.Array, name: str, settings: PenaltySettings) -> tuple[jax.Array, jax.Array]:
     """Return (edge maps `[K, B, h, w]` in [0, 1], orientation histograms `[K, B, D]`) of the maps of one layer."""
     if name == INPUT_GRADIENT and not settings.gpdp_soft_edges:
-        edges = perceptual.sobel_magnitude(stack)
+        edges = perceptual.normalize_peak(perceptual.sobel_magnitude(stack))
     else:
         edges = perceptual.soft_edges(perceptual.sobel_magnitude(stack))
     cell_px = perceptual.default_cell_px(min(stack.shape[-2:]))

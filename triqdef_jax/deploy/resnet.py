@@ -7,7 +7,7 @@ is rounded to that step (`layers.on_accumulator_grid` does the same in the train
 import numpy as np
 
 from triqdef_jax import quantize
-from triqdef_jax.deploy.integer_model import (
+from triqdef_jax.deploy.operations import (
     INPUT,
     Add,
     Conv,
@@ -23,7 +23,7 @@ from triqdef_jax.models.resnet import IMAGENET_STEM_STRIDE, ResNet
 
 
 def lower_resnet(module: ResNet, variables: dict, spec: quantize.BitSpec, image_size_px: int) -> IntegerModel:
-    """Return the integer model; arguments as in `deploy.integer_model`."""
+    """Return the integer model; arguments as in `deploy.lower`."""
     return _Lowering(module, variables, spec).lower(image_size_px)
 
 
