@@ -1,6 +1,7 @@
 """The integer model and its carrier forward, against the fake-quant graph and against NumPy integers."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +43,12 @@ def random_pixels(num=24, size_px=SIZE_PX, seed=3):
 
 def fake_quant_logits(network, variables, bits, pixels, *, round_bias=True):
     spec = network.spec(bits, round_bias=round_bias)
-    apply = jax.jit(network.module.apply, static_argnums=3)
-    return np.asarray(apply(variables, jnp.asarray(pixels) / 255.0, spec, "eval")[0])
+    return np.asarray(jitted_apply(network.module)(variables, jnp.asarray(pixels) / 255.0, spec, "eval")[0])
+
+
+@functools.cache
+def jitted_apply(module):
+    return jax.jit(module.apply, static_argnums=3)
 
 
 def lower(network, variables, bits, size_px=SIZE_PX):

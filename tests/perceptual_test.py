@@ -30,7 +30,7 @@ def single_pixel(size):
 
 
 def slow_slopes(image, weights):
-    """Slopes by loops: each pixel's 3 x 3 neighbourhood, clamped to the image, times weights (columns) and their twin."""
+    """Slopes by loops: differences over each clamped 3 x 3 neighbourhood, smoothed along the other axis by weights."""
     height, width = image.shape
     dx, dy = np.zeros((2, height, width))
     for y in range(height):
@@ -94,10 +94,10 @@ def test_channel_map_reduces_absolute_values_and_divides_by_the_maximum():
     assert perceptual.channel_map(features.astype(jnp.bfloat16)).dtype == jnp.float32
 
 
-def test_channel_map_passes_the_sign_over_the_constant_maximum_as_gradient():
+def test_channel_map_passes_the_sign_over_the_constant_maximum_as_gradient_and_reaches_zeros():
     features = jnp.array([[[1.0, -3.0], [0.0, 1.0]]])
     gradient = jax.grad(lambda values: jnp.sum(perceptual.channel_map(values)))(features)
-    np.testing.assert_array_equal(gradient, [[[0.25, -0.25], [0.0, 0.25]]])  # 1 / (2 channels x peak 2), exact
+    np.testing.assert_array_equal(gradient, [[[0.25, -0.25], [0.25, 0.25]]])  # 1 / (2 channels x peak 2), exact
 
 
 def test_scale_of_a_map_changes_no_descriptor_even_near_the_end_of_float32():
@@ -206,3 +206,131 @@ def test_hog_agrees_with_loops_and_stays_near_votes_by_angle(shape, num_bins, ce
     if num_bins == 9:
         # Votes differ by at most 0.8 % of a slope, and normalisation takes away what they have in common.
         np.testing.assert_allclose(vector, slow_hog(image, split_of_angle, **settings), atol=0.01)
+
+
+def test_one_pass_equals_eager_vmap_and_per_map_calls():
+    maps = noise(2, 3, 5, 6, seed=4)
+
+    def descriptors(values):
+        edges = perceptual.soft_edges(perceptual.sobel_magnitude(values))
+        return perceptual.soft_hog(values, num_bins=3, cell_px=2), edges
+
+    together = jax.jit(descriptors)(maps)
+    for other in (jax.jit(jax.vmap(descriptors))(maps), descriptors(maps)):
+        # XLA fuses multiplications with additions under jit: one rounding, and 100 / 4 of it behind the sigmoid.
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), together, other)
+    alone = jax.jit(descriptors)(maps[1, 2])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1, 2], b, atol=1e-5), together, alone)
+
+
+def test_gradients_agree_with_finite_differences_twice(x64):
+    maps, others, weights = np.random.default_rng(5).random((3, 4, 5)) + 0.2
+
+    def smooth_part(values):
+        hogs = (perceptual.soft_hog(v, num_bins=3, cell_px=2, centered=True) for v in (values, others))
+        dice = perceptual.soft_dice(perceptual.sobel_magnitude(values), others)
+        return perceptual.cosine(*hogs) + dice + jnp.sum(weights * perceptual.sobel_magnitude(values))
+
+    # Central differences with step 1e-5 in float64 are right to about 1e-6 of values near 10; kinks are far from here.
+    check_grads(jax.jit(smooth_part), (maps,), order=2, modes=["rev"], eps=1e-5, atol=1e-4, rtol=1e-4)
+
+
+def test_value_gradient_and_second_derivative_are_finite_on_degenerate_maps():
+    kinds = {
+        "zero": np.zeros((6, 6), np.float32),
+        "constant": np.full((6, 6), 0.3, np.float32),
+        "spike": single_pixel(6),
+        "denormal": np.full((6, 6), 1e-39, np.float32),
+        "step": np.repeat(np.float32([0, 1]), 18).reshape(6, 6),
+    }
+    maps = np.stack(list(kinds.values()))
+
+    def squared_gradient(stack):
+        value, first = jax.value_and_grad(similarity)(stack)
+        return jnp.sum(first**2), (value, first)
+
+    second, (value, first) = jax.jit(jax.grad(squared_gradient, has_aux=True))(np.stack([maps, np.roll(maps, 1, 0)]))
+    assert np.isfinite(value) and np.isfinite(first).all() and np.isfinite(second).all()
+    assert not np.any(first[0, 0]) and np.any(first[0, 2])  # none on the all-zero map, some on the spike
+
+
+def test_cosine_of_a_zero_vector_is_zero_without_gradient():
+    zero, other = jnp.zeros(3), jnp.array([1.0, 2.0, 2.0])
+    cosine = jax.jit(jax.value_and_grad(perceptual.cosine))
+    value, gradient = cosine(zero, other)
+    assert value == 0.0 and not np.any(gradient)
+    np.testing.assert_allclose(cosine(other, jnp.array([2.0, 2.0, -1.0]))[0], 4 / 9, atol=ROUNDING)
+
+
+def test_pair_similarity_equals_the_pairwise_functions():
+    edges, hogs = noise(3, 2, 4, 4), noise(3, 2, 7, seed=6) - 0.5
+    one_pair = jax.jit(lambda a, b, c, d: 0.5 * perceptual.soft_dice(a, b) + 2.0 * perceptual.cosine(c, d))
+    all_pairs = jax.jit(functools.partial(perceptual.pair_similarity, alpha=0.5, beta=2.0))
+    pairs = all_pairs(edges, hogs)
+    assert pairs.shape == (3, 3, 2)
+    for i in range(3):
+        for j in range(3):
+            expected = one_pair(edges[i], edges[j], hogs[i], hogs[j])
+            np.testing.assert_allclose(pairs[i, j], expected, atol=ROUNDING)
+    split = all_pairs(edges[:, :, None], hogs[:, :, None])
+    np.testing.assert_allclose(split[..., 0], pairs, atol=ROUNDING)  # further axes, as for one map per channel
+
+
+def test_chance_level_averages_over_rotated_partners_only():
+    maps = jnp.array([1.0, 10.0, 100.0])
+    level = perceptual.chance_level(lambda a, b: a * b, maps, maps)
+    np.testing.assert_array_equal(level, [55.0, 505.0, 550.0])  # each with the two others, never with itself
+    np.testing.assert_array_equal(
+        perceptual.chance_level(lambda a, b: a * b, maps, maps, num_shifts=1), [100.0, 10.0, 1000.0]
+    )
+
+
+def test_unrelated_noise_scores_the_known_chance_levels():
+    maps = noise(24, 32, 32, seed=7)
+    edges = perceptual.sobel_magnitude(maps)
+    hog = jax.jit(functools.partial(perceptual.soft_hog, cell_px=perceptual.default_cell_px(32)))(maps)
+    centred = hog - jnp.mean(hog, axis=-1, keepdims=True)
+    cosine, iou = jax.jit(perceptual.cosine), jax.jit(perceptual.hard_edge_iou)
+    levels = {
+        "hog": (perceptual.chance_level(cosine, hog, hog), 0.70),
+        "centred hog": (perceptual.chance_level(cosine, centred, centred), 0.0),
+        "iou": (perceptual.chance_level(iou, edges, edges), 0.15 / 1.85),
+    }
+    for name, (level, expected) in levels.items():
+        # Border pixels have smaller slopes in every map, which adds 0.01; 96 pairs leave another 0.005 of chance.
+        assert abs(float(jnp.mean(level)) - expected) < 0.03, name
+    np.testing.assert_allclose(cosine(centred, centred), 1.0, atol=1e-5)  # a sum of 1764 float32 products
+
+
+def test_centred_hog_has_mean_zero_and_differs_by_a_constant():
+    plain, centred = (perceptual.soft_hog(noise(6, 6), cell_px=2, centered=flag) for flag in (False, True))
+    np.testing.assert_allclose(centred, plain - np.mean(plain), atol=ROUNDING)
+
+
+def test_default_cells_follow_the_size_of_the_map():
+    assert [perceptual.default_cell_px(size) for size in (4, 15, 16, 63, 64, 224)] == [2, 2, 4, 4, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: perceptual.channel_map(m, reduction="sum"), "reduction must be one of mean, max, per_channel, got"),
+        (lambda m: perceptual.channel_map(m.astype(np.int32)), "features must be float32 .* got int32"),
+        (lambda m: perceptual.sobel_magnitude(m[0, 0]), "maps must be float32 with at least 2 axes"),
+        (lambda m: perceptual.sobel_magnitude(m[..., :1]), "at least 2 x 2 px"),
+        (lambda m: perceptual.percentile(m, 100.5), r"q must be a percentage in \[0, 100\], got 100.5"),
+        (lambda m: perceptual.soft_edges(m, percentile=-1.0), "got -1.0"),
+        (lambda m: perceptual.soft_dice(m, m[..., :3]), r"a and b must agree in size, got \(6, 6\) and \(6, 3\)"),
+        (lambda m: perceptual.hard_edge_iou(m, m[:, :3]), "a and b must agree"),
+        (lambda m: perceptual.soft_hog(m, cell_px=4), "one block of 8 px .2 cells of 4 px. on each side, got 6 x 6"),
+        (lambda m: perceptual.soft_hog(m, cell_px=2, num_bins=1), "at least 2, 1, 1, got 1, 2, 2"),
+        (lambda m: perceptual.cosine(m, m[..., :2]), "a and b must agree"),
+        (lambda m: perceptual.pair_similarity(m, m[:1, 0], alpha=1.0, beta=1.0), "leading axes of edges"),
+        (lambda m: perceptual.chance_level(perceptual.cosine, m[:1], m[:1]), "batch of at least 2"),
+        (lambda m: perceptual.chance_level(perceptual.cosine, m, m[:1]), "batches of maps_a and maps_b must agree"),
+    ],
+)
+def test_a_wrong_argument_is_refused_in_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        call(noise(2, 6, 6))
+    assert "\n" not in str(refusal.value)

@@ -93,14 +93,18 @@ def _paste():
     @functools.partial(jax.jit, static_argnums=(5, 6))
     def paste(key, images, values, mask, size_px, rotation_deg, scale_jitter):
         number, image_size_px = images.shape[:2]
-        placements = patches.sample_placements(
-            key,
-            number,
-            image_size_px=image_size_px,
-            size_px=size_px,
-            rotation_deg=rotation_deg,
-            scale_range=(1 - scale_jitter, 1 + scale_jitter),
-        )
+
+        def place(index):  # a key per image: where a patch lies does not depend on how many images are evaluated
+            return patches.sample_placements(
+                jax.random.fold_in(key, index),
+                1,
+                image_size_px=image_size_px,
+                size_px=size_px,
+                rotation_deg=rotation_deg,
+                scale_range=(1 - scale_jitter, 1 + scale_jitter),
+            )
+
+        placements = jax.tree.map(lambda x: x[:, 0], jax.vmap(place)(jnp.arange(number)))
         repeat = lambda x: jnp.broadcast_to(x, (number, *x.shape))
         patched = patches.apply_patches(images.astype(jnp.float32) / 255.0, repeat(values), repeat(mask), placements)
         return jnp.round(255.0 * patched).astype(jnp.uint8)
@@ -125,14 +129,18 @@ def _test_arrays(data, batch_size):
 
 def main(argv):
     del argv
-    from triqdef_jax import quantize, results
+    from triqdef_jax import loop, quantize, results
 
     options = flags.FLAGS
     if not options.workdirs:
         raise entry.UserError("--workdirs=DIR[,DIR] is needed: the directories of trained runs")
     with entry.user_errors():
         extra = tuple(quantize.check_bits(int(b)) for b in options.extra_bits)
-    records = [_evaluate_run(workdir, extra, options) for workdir in options.workdirs]
+    try:
+        records = [_evaluate_run(workdir, extra, options) for workdir in options.workdirs]
+    except loop.PreemptedError as error:  # while a source network was trained for the patches
+        print(error, file=sys.stderr)
+        return entry.EXIT_PREEMPTED
     if len(records) > 1 and not options.clean_only:
         pool = next(iter(records[0]["pools"]))
         with entry.user_errors():

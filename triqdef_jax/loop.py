@@ -9,6 +9,7 @@ import functools
 import itertools
 import pathlib
 import signal
+import zlib
 from typing import Any
 
 import jax
@@ -33,6 +34,10 @@ NEVER = np.int32(np.iinfo(np.int32).max)
 
 class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite; the message names the step and the last good checkpoint."""
+
+
+class PreemptedError(RuntimeError):
+    """SIGTERM ended the training of something that the caller cannot do without; its state is saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +102,7 @@ def init_state(run: Run) -> TrainState:
 
 def stream_key(seed: int, name: str) -> jax.Array:
     """Return the root key of one named stream of randomness."""
-    return jax.random.fold_in(jax.random.key(seed), int.from_bytes(name.encode()[:3], "big"))
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
 def train(run: Run, data, pool: PatchPool | None, *, label: str = "", is_quiet: bool = False) -> int:
@@ -178,7 +183,7 @@ class _Trainer:
                 state = self._enter(state, stage)
                 self.checkpointer.save(step, state, {"stage": index})
             state, step = self._run_stage(state, step, index, batches)
-            if self.preemption.is_requested:
+            if self.preemption.is_requested and step < stage.stop:  # at a stage's end, entering the next one saves
                 break
         self.checkpointer.wait()
         return step
@@ -231,7 +236,7 @@ class _Trainer:
         if first_bad != NEVER:
             saved = self.checkpointer.latest_step()
             raise NonFiniteLossError(
-                f"the loss is not finite at step {first_bad}; the last good checkpoint is step {saved} in "
+                f"the loss or its gradient is not finite at step {first_bad}; the last good checkpoint is step {saved} in "
                 f"{self.run.workdir / CHECKPOINTS}; lower optim.lr or the lambdas, or set optim.clip_norm"
             )
         scalars = name_scalars(jax.tree.map(lambda x: x / count, sums), stage.bits)
@@ -283,7 +288,8 @@ def _start(metrics, step):
 @functools.partial(jax.jit, donate_argnums=0)
 def _accumulate(window, metrics, step):
     sums, count, first_bad = window
-    bad = jnp.where(jnp.isfinite(metrics["loss"]), NEVER, step)
+    # The gradient counts too: it makes the next step's weights, which may be saved before their loss is known.
+    bad = jnp.where(jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"]), NEVER, step)
     return jax.tree.map(jnp.add, sums, metrics), count + 1, jnp.minimum(first_bad, bad)
 
 

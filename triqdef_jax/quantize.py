@@ -151,7 +151,6 @@ def quantize(values: jax.Array, scale: jax.Array, lower: jax.Array, upper: jax.A
     return jnp.clip(jnp.round(values / jnp.maximum(scale, MIN_SCALE)), lower, upper).astype(jnp.int32)
 
 
-@jax.custom_vjp
 def fake_quant(values: jax.Array, scale: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
     """Round values to the grid {lower..upper} * scale: scale, round half to even, clip, rescale.
 
@@ -176,31 +175,51 @@ def fake_quant(values: jax.Array, scale: jax.Array, lower: jax.Array, upper: jax
       Esser et al., Learned Step Size Quantization, ICLR 2020, eq. 1-3. Deviation: the mask is decided on the rounded code, because
       |v| <= upper * s loses the gradient of channel maxima to float rounding.
     """
+    return _fake_quant_unless(np.bool_(False), values, scale, lower, upper)
+
+
+def fake_quant_unless(is_float: jax.Array, values: jax.Array, scale: jax.Array, code_range: Range) -> jax.Array:
+    """Return `fake_quant` of the values, or the values themselves where `is_float` (a scalar bool, may be traced).
+
+    Gradient: that of `fake_quant`, or the identity to values and 0 to scale where `is_float`.
+    """
+    return _fake_quant_unless(is_float, values, scale, *code_range)
+
+
+# The choice lies inside the rule: a select around it would double the selects of every derivative.
+@jax.custom_vjp
+def _fake_quant_unless(is_float, values, scale, lower, upper):
     if jnp.ndim(scale) not in (0, jnp.ndim(values)):
         raise ValueError(
             f"scale must be a scalar or have the rank of values with size 1 where it is shared, got scale {jnp.shape(scale)} "
             f"for values {jnp.shape(values)}"
         )
     used = jnp.maximum(scale, MIN_SCALE)
-    return jnp.clip(jnp.round(values / used), lower, upper) * used
+    return jnp.where(is_float, values, jnp.clip(jnp.round(values / used), lower, upper) * used)
 
 
-def _fake_quant_fwd(values, scale, lower, upper):
+def _fake_quant_unless_fwd(is_float, values, scale, lower, upper):
     # Calls the function itself: an inlined round would cut the straight-through path of the second derivative.
-    return fake_quant(values, scale, lower, upper), (values, scale, lower, upper)
+    return _fake_quant_unless(is_float, values, scale, lower, upper), (is_float, values, scale, lower, upper)
 
 
-def _fake_quant_bwd(residuals, cotangent):
-    values, scale, lower, upper = jax.lax.stop_gradient(residuals)
+def _fake_quant_unless_bwd(residuals, cotangent):
+    is_float, values, scale, lower, upper = jax.lax.stop_gradient(residuals)
     ratio = values / jnp.maximum(scale, MIN_SCALE)
     code = jnp.round(ratio)
     inside = (code >= lower) & (code <= upper)
     slope = jnp.where(inside, code - ratio, jnp.clip(code, lower, upper))
     scale_cotangent = _sum_to(cotangent * slope, scale) * jax.lax.rsqrt(_num_per_scale(values, scale) * upper)
-    return jnp.where(inside, cotangent, 0.0), scale_cotangent, None, None
+    return (
+        None,
+        jnp.where(inside | is_float, cotangent, 0.0),
+        jnp.where(is_float, 0.0, scale_cotangent),
+        None,
+        None,
+    )
 
 
-fake_quant.defvjp(_fake_quant_fwd, _fake_quant_bwd)
+_fake_quant_unless.defvjp(_fake_quant_unless_fwd, _fake_quant_unless_bwd)
 
 
 def _sum_to(array, scale):
@@ -216,11 +235,6 @@ def _num_per_scale(values, scale):
     if jnp.ndim(scale) == 0:
         return np.prod(jnp.shape(values)[1:], dtype=np.float32)
     return np.float32(np.size(values) / np.size(scale))
-
-
-def fake_quant_unless(is_float: jax.Array, values: jax.Array, scale: jax.Array, code_range: Range) -> jax.Array:
-    """Return `fake_quant` of the values, or the values themselves where `is_float` (a scalar bool, may be traced)."""
-    return jnp.where(is_float, values, fake_quant(values, scale, *code_range))
 
 
 @jax.custom_vjp

@@ -40,12 +40,22 @@ def source_name(config: ConfigDict, index: int) -> str:
 
 
 def train_source(config: ConfigDict, index: int, data, *, is_quiet: bool = False) -> runs.Trained:
-    """Return source network `index`, trained first if the shared folder has none."""
+    """Return source network `index`, trained first if the shared folder has none.
+
+    Raises:
+      loop.PreemptedError: SIGTERM arrived first; what is trained so far is saved and the same call continues it.
+      loop.NonFiniteLossError: its loss is no longer finite.
+    """
     workdir = pathlib.Path(config.patches.shared_dir) / source_name(config, index)
     source = source_config(config, index)
     runs.open_workdir(workdir, source)
     run = loop.make_run(source, workdir, data.num_train)
-    loop.train(run, data, None, label=f"source network {index + 1}:", is_quiet=is_quiet)
+    step = loop.train(run, data, None, label=f"source network {index + 1}:", is_quiet=is_quiet)
+    if step < run.num_steps:
+        raise loop.PreemptedError(
+            f"preempted: step {step} of {run.num_steps} of source network {index + 1} is saved in {workdir}; the same command "
+            f"continues"
+        )
     return runs.load_trained(workdir)
 
 

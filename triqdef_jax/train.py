@@ -16,6 +16,7 @@ def main(argv):
     del argv
     from triqdef_jax import config as config_lib
     from triqdef_jax import data, loop, runs, sources
+    from triqdef_jax.checkpoints import CheckpointError
 
     config = _CONFIG.value
     with entry.user_errors():
@@ -27,14 +28,17 @@ def main(argv):
         run = loop.make_run(config, workdir, loaded.num_train)
         runs.open_workdir(workdir, config)
     pool = None
-    if run.method.needs_pool:
-        with entry.user_errors():
-            pool = sources.train_pool(config, loaded).split()[0]
     try:
+        if run.method.needs_pool:
+            with entry.user_errors():
+                pool = sources.train_pool(config, loaded).split()[0]
         step = loop.train(run, loaded, pool)
-    except loop.NonFiniteLossError as error:
+    except (loop.NonFiniteLossError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return entry.EXIT_FAILED
+    except loop.PreemptedError as error:
+        print(error, file=sys.stderr)
+        return entry.EXIT_PREEMPTED
     if step < run.num_steps:
         print(
             f"preempted: step {step} of {run.num_steps} is saved in {workdir}; the same command continues",

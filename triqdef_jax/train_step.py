@@ -227,7 +227,7 @@ def run_step(settings, pieces, state, inputs, bits, slots, specs, ramp):
         penalty, similarities, cotangents = jnp.float32(0), {}, jax.tree.map(jnp.zeros_like, list(maps))
     gradients = None
     for pullback, cotangent in zip(pullbacks, cotangents, strict=True):
-        gradient = pieces.backward(pullback, jnp.float32(1 / len(bits)), cotangent)
+        gradient = pieces.backward(pullback, np.asarray(1 / len(bits), losses[0].dtype), cotangent)
         gradients = gradient if gradients is None else pieces.add(gradients, gradient)
     return pieces.finish(state, gradients, slots, losses, penalty, reports, similarities)
 
