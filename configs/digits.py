@@ -1,7 +1,7 @@
 """Digits, the embedded default: 1,797 real handwritten digits at 16 x 16, ResNet-8, five bit-widths.
 
     python -m triqdef_jax.train --config=configs/digits.py
-    python -m triqdef_jax.evaluate --config=configs/digits.py
+    python -m triqdef_jax.evaluate --workdirs=runs/digits
 
 Variants: `:qat` (clean multi-bit training) and `:patch_ce` (pool patches, no penalties), same network and budget.
 """

@@ -64,20 +64,6 @@ def test_starts_that_do_not_rise_between_0_and_1_are_refused(starts):
         make_stages(BITS, 100, starts)
 
 
-def test_the_stage_of_a_step_is_the_one_that_spans_it():
-    stages = make_stages(BITS, 100, STARTS)
-    assert [curriculum.stage_index(stages, step) for step in (0, 29, 30, 44, 45, 60, 99, 100)] == [
-        0,
-        0,
-        1,
-        1,
-        2,
-        3,
-        3,
-        3,
-    ]
-
-
 def test_the_penalty_ramp_rises_linearly_to_one_and_stays():
     assert [curriculum.penalty_ramp(step, warmup_steps=4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert [curriculum.penalty_ramp(step, warmup_steps=2, start=3) for step in (0, 2, 3, 4, 9)] == [

@@ -91,3 +91,12 @@ def test_config_hash_is_the_start_of_the_sha256_of_canonical_json():
 def test_config_hash_tells_int_from_float_but_not_list_from_tuple():
     assert files.config_hash({"a": 1}) != files.config_hash({"a": 1.0})
     assert files.config_hash({"a": [1, 2]}) == files.config_hash({"a": (1, 2)})
+
+
+def test_a_directory_has_one_trainer_at_a_time(tmp_path):
+    path = tmp_path / "run" / ".lock"
+    with files.exclusive(path):
+        with pytest.raises(ValueError, match="another process is at work"), files.exclusive(path):
+            pass
+    with files.exclusive(path), pytest.raises(ValueError):  # free again after the block
+        files.exclusive(path).__enter__()

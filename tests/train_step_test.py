@@ -4,7 +4,9 @@ Everything but the eight devices runs in float64: there, two right programs agre
 of low bit-widths, which changes gradients by percents.
 """
 
+import functools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import pytest
 
 from triqdef_jax import calibration, optimizer, quantize, sharding, train_step
 from triqdef_jax.models import layers
-from triqdef_jax.models.multibit import MultiBitNetwork, Slot
+from triqdef_jax.models.multibit import MultiBitNetwork
 from triqdef_jax.models.resnet import ResNet, ResNetPlan
 from triqdef_jax.objectives.methods import Inputs, MethodSettings, PatchingSettings, make_method
 from triqdef_jax.objectives.penalties import INPUT_GRADIENT, PenaltySettings
@@ -29,12 +31,17 @@ LOW_BITS = (4, 2)
 ORDER = 1e-10  # float64 sums in another order, through a dozen layers and their second derivatives
 
 
-def make_settings(network, method="triqdef"):
-    settings = MethodSettings(1.0, ("stage1",), PenaltySettings(lambda_fdp=8.0, lambda_gpdp=5.0), PatchingSettings())
+# For programs that are not the one under test: half the time to compile, the same numbers up to ORDER.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def make_settings(network):
+    """The full method at its default weights; a rate at which twenty steps of the smallest network learn without chaos."""
+    settings = MethodSettings(1.0, ("stage1",), PenaltySettings(), PatchingSettings())
     sgd = optax.chain(
         optax.add_decayed_weights(1e-2, mask=optimizer.decayed), optax.sgd(optax.constant_schedule(0.05), momentum=0.9)
     )
-    return StepSettings(network, make_method(method, settings), sgd)
+    return StepSettings(network, make_method("triqdef", settings), sgd)
 
 
 def make_inputs(*, dtype, num=8, is_black=False):
@@ -167,7 +174,7 @@ def test_cross_entropy_accuracy_and_maps_equal_a_direct_computation(step64, x64)
     (loss, maps), report, _ = step64.forward(2)
     variables = step64.network.slice(step64.state.weights, step64.state.stats, step64.place(2)[0])
 
-    @jax.jit
+    @quick_jit
     def direct(images, labels):
         def log_loss(images):
             (logits, features), _ = step64.network.module.apply(
@@ -178,7 +185,7 @@ def test_cross_entropy_accuracy_and_maps_equal_a_direct_computation(step64, x64)
 
         return jax.value_and_grad(log_loss, has_aux=True)(images)
 
-    clean, patched = step64.inputs[:2], step64.inputs[2:]
+    patched = step64.inputs[2:]
     (ce_patched, (logits, features)), gradient = direct(*patched)
     assert float(report.ce_patched) == pytest.approx(float(ce_patched), rel=ORDER)
     assert float(report.acc_patched) == np.mean(np.argmax(logits, axis=1) == patched[1])
@@ -192,13 +199,17 @@ def test_cross_entropy_accuracy_and_maps_equal_a_direct_computation(step64, x64)
 def test_the_gpdp_gradient_equals_that_of_a_twin_without_custom_rules(step64, x64, monkeypatch):
     real = gpdp_gradient(step64, step64.pieces)
     monkeypatch.setattr(quantize, "fake_quant_unless", straight_through_twin)
-    monkeypatch.setattr(quantize, "round_to_grid", lambda v, grid: v + jax.lax.stop_gradient(jnp.round(v / grid) * grid - v))
+    monkeypatch.setattr(
+        quantize, "round_to_grid", lambda v, grid: v + jax.lax.stop_gradient(jnp.round(v / grid) * grid - v)
+    )
     monkeypatch.setattr(layers, "batch_moments", plain_moments)
     monkeypatch.setattr(layers, "conv2d", plain_conv)
-    twin = gpdp_gradient(step64, train_step.make_pieces(step64.settings, jax.jit))
-    assert largest_difference(real, twin) < ORDER
+    twin = gpdp_gradient(step64, train_step.make_pieces(step64.settings, quick_jit))
+    assert largest_difference(real._replace(scales={}), twin._replace(scales={})) < ORDER
+    # The factor 1 / sqrt(N upper) of the scales' gradients is computed in float32, in whatever way the compiler chooses.
+    assert largest_difference(real.scales, twin.scales) < 1e-6
     moved = [np.abs(leaf).max() for leaf in jax.tree.leaves(twin.params)]
-    assert np.min(moved[:1]) >= 0 and np.count_nonzero(moved) >= len(moved) - 1  # all but the classifier's bias
+    assert np.count_nonzero(moved) == len(moved)
 
 
 def test_a_rule_that_inlines_the_rounding_fails_the_same_comparison(step64, x64, monkeypatch):
@@ -208,7 +219,7 @@ def test_a_rule_that_inlines_the_rounding_fails_the_same_comparison(step64, x64,
         return jnp.where(is_float, values, inlined(values, scale, *code_range))
 
     monkeypatch.setattr(quantize, "fake_quant_unless", wrong)
-    broken = gpdp_gradient(step64, train_step.make_pieces(step64.settings, jax.jit))
+    broken = gpdp_gradient(step64, train_step.make_pieces(step64.settings, quick_jit))
     assert largest_difference(real.params, broken.params) > 0.01  # percents, where the truth agrees to 1e-10
 
 
@@ -284,3 +295,54 @@ def test_an_unknown_plan_is_refused_with_the_known_ones():
         train_step.make_step(None, plan="both", mesh=None)
 
 
+ON_EIGHT_DEVICES = """
+import json, sys
+import jax, numpy as np
+sys.path.insert(0, sys.argv[1])
+import train_step_test as t
+from triqdef_jax import sharding, train_step
+
+bits, dtype = tuple(json.loads(sys.argv[2])), sys.argv[3]
+network = t.make_network(dtype, bits)
+settings = t.make_settings(network)
+with jax.enable_x64(False):
+    arrays = jax.device_get(t.make_arrays(t.make_network("float32", bits)))
+weights, stats = jax.tree.map(lambda x: np.asarray(x, dtype), arrays)
+slots, specs = [network.slot(b) for b in bits], [network.spec(b) for b in bits]
+for num_devices in (1, 8):
+    mesh = sharding.data_mesh(num_devices)
+    step = train_step.make_step(settings, plan="fused", mesh=mesh)
+    state = train_step.TrainState(np.int32(0), weights, stats, settings.optimizer.init(weights))
+    state = jax.device_put(state, sharding.replicated(mesh))
+    batch = sharding.put_batch(t.make_inputs(dtype=dtype, num=16), mesh)
+    losses = []
+    for _ in range(20):
+        state, metrics = step(state, batch, bits, slots, specs, np.float32(1))
+        losses.append(metrics["loss"])
+    assert len(losses[-1].sharding.device_set) == num_devices
+    print(json.dumps([float(loss) for loss in losses]))
+"""
+
+
+# float64 and 2 bits: only the order of sums differs, 1e-16 each, and 20 steps at momentum 0.9 let it grow (to 2e-12).
+# float32: 1e-7 each; with codes of 5 bits or less one of 10^5 codes flips within 20 steps, which is another run.
+@pytest.mark.parametrize("bits, dtype, tolerance", [((8, 2), "float64", 1e-9), ((32, 8), "float32", 1e-5)])
+def test_eight_devices_give_the_losses_of_one(bits, dtype, tolerance):
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # to compile in half the time
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": flags,
+        "JAX_ENABLE_X64": str(int(dtype == "float64")),
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", ON_EIGHT_DEVICES, str(ROOT / "tests"), json.dumps(bits), dtype],
+        env={**environment, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    one, eight = map(json.loads, done.stdout.splitlines())
+    assert one[-1] < 0.9 * one[0]
+    np.testing.assert_allclose(eight, one, rtol=tolerance)

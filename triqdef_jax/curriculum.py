@@ -69,11 +69,6 @@ def _check_starts(bits, joining, starts):
         raise ValueError(f"bact.starts must be rising fractions between 0 and 1, got {tuple(starts)}")
 
 
-def stage_index(stages: Sequence[Stage], step: int) -> int:
-    """Return the index of the stage that contains `step` (the last one for the step after the end)."""
-    return max(index for index, stage in enumerate(stages) if stage.start <= step)
-
-
 def penalty_ramp(step: int, *, warmup_steps: int, start: int = 0) -> float:
     """Return the factor in [0, 1] of the penalties at `step`, rising linearly over `warmup_steps` after `start`; 1 without warm-up.
 

@@ -26,19 +26,19 @@ def evaluate(trained, data, pools: dict, *, bits: tuple[int, ...], deployed: boo
     """
     from triqdef_jax.results import Outcomes, PoolOutcomes
 
-    predictors = {b: make_predictor(trained, data, b, deployed=deployed) for b in bits}
-    limit = trained.config.eval.images or None
-    images, labels, ids = (x[:limit] for x in _test_arrays(data, trained.config.eval.batch_size))
-    clean = np.stack([_predict_all(predictors[b], images, trained.config.eval.batch_size) for b in bits])
+    predictors = [make_predictor(trained, data, b, deployed=deployed) for b in bits]
+    batch_size = trained.config.eval.batch_size
+    images, labels, ids = _test_arrays(data, batch_size, trained.config.eval.images)
+    clean = _predict(predictors, images, batch_size)
     outcomes = {}
     for name, pool in pools.items():
-        rows = []
+        predictions = []
         for index in range(len(pool.values)):
             if progress:
                 progress(f"{name}: patch {index + 1}/{len(pool.values)}")
-            patched = paste_on_all(images, pool, index, trained.config)
-            rows.append([_predict_all(predictors[b], patched, trained.config.eval.batch_size) for b in bits])
-        outcomes[name] = PoolOutcomes(np.asarray(rows).transpose(1, 0, 2), pool.target, pool.digest)
+            paste = make_paste(pool, index, trained.config)
+            predictions.append(_predict(predictors, images, batch_size, paste))
+        outcomes[name] = PoolOutcomes(np.stack(predictions, axis=1), pool.target, pool.digest)
     return Outcomes(labels, ids, clean, outcomes)
 
 
@@ -74,57 +74,65 @@ def _argmax(logits):
     return logits.argmax(axis=-1)
 
 
-def paste_on_all(images: np.ndarray, pool, index: int, config) -> np.ndarray:
-    """Return uint8 images `[N, H, W, 3]` with one patch pasted on each, at places that depend on (seed, patch, image) only."""
+def make_paste(pool, index: int, config):
+    """Return (uint8 images `[B, H, W, 3]`, row numbers `[B]`) -> the images with one patch each, rounded to uint8.
+
+    Place and jitter are functions of (config.seed, patch, row) only: every bit-width, run and batch size meets the same images.
+    """
     import jax
 
-    settings = (config.patches.rotation_deg, config.patches.scale_jitter)
     key = jax.random.fold_in(jax.random.key(config.seed), index)
-    return np.asarray(_paste()(key, images, pool.values[index], pool.masks[index], pool.size_px[index], *settings))
+    patch = (pool.values[index], pool.masks[index], pool.size_px[index])
+    return functools.partial(_jitted_paste(), config.patches.rotation_deg, config.patches.scale_jitter, key, *patch)
 
 
 @functools.cache
-def _paste():
+def _jitted_paste():
     import jax
     import jax.numpy as jnp
 
     from triqdef_jax import patches
 
-    @functools.partial(jax.jit, static_argnums=(5, 6))
-    def paste(key, images, values, mask, size_px, rotation_deg, scale_jitter):
-        number, image_size_px = images.shape[:2]
+    def place(rotation_deg, scale_jitter, image_size_px, size_px, key):
+        scales = (1 - scale_jitter, 1 + scale_jitter)
+        one = patches.sample_placements(
+            key, 1, image_size_px=image_size_px, size_px=size_px, rotation_deg=rotation_deg, scale_range=scales
+        )
+        return jax.tree.map(lambda x: x[0], one)
 
-        def place(index):  # a key per image: where a patch lies does not depend on how many images are evaluated
-            return patches.sample_placements(
-                jax.random.fold_in(key, index),
-                1,
-                image_size_px=image_size_px,
-                size_px=size_px,
-                rotation_deg=rotation_deg,
-                scale_range=(1 - scale_jitter, 1 + scale_jitter),
-            )
-
-        placements = jax.tree.map(lambda x: x[:, 0], jax.vmap(place)(jnp.arange(number)))
-        repeat = lambda x: jnp.broadcast_to(x, (number, *x.shape))
-        patched = patches.apply_patches(images.astype(jnp.float32) / 255.0, repeat(values), repeat(mask), placements)
+    def paste(rotation_deg, scale_jitter, key, values, mask, size_px, images, rows):
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
+        placements = jax.vmap(functools.partial(place, rotation_deg, scale_jitter, images.shape[1], size_px))(keys)
+        values, mask = (jnp.broadcast_to(x, (len(rows), *x.shape)) for x in (values, mask))
+        patched = patches.apply_patches(images.astype(jnp.float32) / 255.0, values, mask, placements)
         return jnp.round(255.0 * patched).astype(jnp.uint8)
 
-    return paste
+    return jax.jit(paste, static_argnums=(0, 1))
 
 
-def _predict_all(predict, images, batch_size):
-    """Predict in equal batches, the last one padded, so that one program serves all."""
+def _predict(predictors, images, batch_size, paste=None):
+    """Return int32 `[bits, N]`; batches have one size, the last one padded, so that one program serves all."""
     predictions = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
-        padding = [(0, batch_size - len(batch))] + [(0, 0)] * 3
-        predictions.append(np.asarray(predict(np.pad(batch, padding)))[: len(batch)])
-    return np.concatenate(predictions).astype(np.int32)
+        padded = np.pad(batch, [(0, batch_size - len(batch))] + [(0, 0)] * 3)
+        if paste is not None:
+            padded = paste(padded, np.arange(start, start + batch_size))
+        predictions.append([np.asarray(predict(padded))[: len(batch)] for predict in predictors])
+    return np.concatenate(predictions, axis=1).astype(np.int32)
 
 
-def _test_arrays(data, batch_size):
-    batches = [{k: v[batch["mask"] > 0] for k, v in batch.items()} for batch in data.eval_batches("test", batch_size)]
-    return tuple(np.concatenate([batch[name] for batch in batches]) for name in ("images", "labels", "ids"))
+def _test_arrays(data, batch_size, limit):
+    """Return (images uint8 `[N, H, W, 3]`, labels, ids) of the first `limit` test images (0: all)."""
+    batches, number = [], 0
+    for batch in data.eval_batches("test", batch_size):
+        batches.append({name: values[batch["mask"] > 0] for name, values in batch.items()})
+        number += len(batches[-1]["labels"])
+        if limit and number >= limit:
+            break
+    return tuple(
+        np.concatenate([batch[name] for batch in batches])[: limit or None] for name in ("images", "labels", "ids")
+    )
 
 
 def main(argv):

@@ -5,6 +5,7 @@ and renamed. A failing disk raises the operating system's OSError and leaves the
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -55,6 +56,28 @@ def atomic_savez(path: str | os.PathLike, **arrays: np.ndarray) -> None:
     """Writes arrays as an uncompressed ``.npz``, whole or not at all; equal arrays give equal bytes."""
     with atomic_open(path) as file:
         np.savez(file, **arrays)
+
+
+@contextlib.contextmanager
+def exclusive(path: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
+    """Holds a lock file for the block; the operating system lets go of it when the process ends, however it ends.
+
+    Args:
+      path: the lock file, made if need be and left behind. wait: whether to wait for another holder.
+
+    Raises:
+      ValueError: another process holds it and ``wait`` is False.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process is at work in {path.parent}; wait for it or name another directory"
+            ) from error
+        yield
 
 
 def sha256_of_arrays(arrays: Mapping[str, np.ndarray]) -> str:

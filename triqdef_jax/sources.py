@@ -6,6 +6,7 @@ is verified like any other. Source 0 makes the training pool; source 1, of anoth
 
 import copy
 import pathlib
+import sys
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -36,6 +37,7 @@ def source_config(config: ConfigDict, index: int) -> ConfigDict:
 
 
 def source_name(config: ConfigDict, index: int) -> str:
+    """Return the folder name of source network `index`, which determines it."""
     return f"source-{files.config_hash(source_config(config, index))}"
 
 
@@ -50,7 +52,8 @@ def train_source(config: ConfigDict, index: int, data, *, is_quiet: bool = False
     source = source_config(config, index)
     runs.open_workdir(workdir, source)
     run = loop.make_run(source, workdir, data.num_train)
-    step = loop.train(run, data, None, label=f"source network {index + 1}:", is_quiet=is_quiet)
+    with files.exclusive(workdir / runs.LOCK_FILE, wait=True):  # runs that start together train it once
+        step = loop.train(run, data, None, label=f"source network {index + 1}:", is_quiet=is_quiet)
     if step < run.num_steps:
         raise loop.PreemptedError(
             f"preempted: step {step} of {run.num_steps} of source network {index + 1} is saved in {workdir}; the same command "
@@ -97,7 +100,7 @@ def eval_pools(config: ConfigDict, data) -> dict[str, PatchPool]:
 def _get(config, wanted, source_index, data):
     def build_source():
         trained = train_source(config, source_index, data)
-        print(f"making {wanted.num_patches} patches of {'/'.join(map(str, wanted.sizes_px))} px", flush=True)
+        print(f"making {wanted.num_patches} patches of {'/'.join(map(str, wanted.sizes_px))} px", file=sys.stderr)
         images, labels = _training_images(data, config.patches.source_images)
         return trained.logits_fn(trained.network.bits[0]), images, labels
 

@@ -4,6 +4,7 @@ The same command again resumes where the run stopped; a finished run says so. Ex
 saving (start the same command again).
 """
 
+import contextlib
 import pathlib
 import sys
 
@@ -15,23 +16,32 @@ _CONFIG, _WORKDIR = entry.define_config_flags(default="configs/digits.py")
 def main(argv):
     del argv
     from triqdef_jax import config as config_lib
-    from triqdef_jax import data, loop, runs, sources
-    from triqdef_jax.checkpoints import CheckpointError
+    from triqdef_jax import data, files, loop, runs
 
     config = _CONFIG.value
-    with entry.user_errors():
-        config_lib.validate(config)
-        workdir = pathlib.Path(
-            _WORKDIR.value or runs.default_workdir(*entry.config_source(_CONFIG), entry.config_overrides(_CONFIG))
-        )
-        loaded = data.load(config.data)
-        run = loop.make_run(config, workdir, loaded.num_train)
-        runs.open_workdir(workdir, config)
+    with contextlib.ExitStack() as held:
+        with entry.user_errors():
+            config_lib.validate(config)
+            workdir = pathlib.Path(
+                _WORKDIR.value or runs.default_workdir(*entry.config_source(_CONFIG), entry.config_overrides(_CONFIG))
+            )
+            loaded = data.load(config.data)
+            run = loop.make_run(config, workdir, loaded.num_train)
+            runs.open_workdir(workdir, config)
+            held.enter_context(files.exclusive(workdir / runs.LOCK_FILE))
+        return _train(run, loaded)
+
+
+def _train(run, loaded):
+    """Get the patch pool, train, and say how it ended; returns the exit code."""
+    from triqdef_jax import loop, sources
+    from triqdef_jax.checkpoints import CheckpointError
+
     pool = None
     try:
         if run.method.needs_pool:
             with entry.user_errors():
-                pool = sources.train_pool(config, loaded).split()[0]
+                pool = sources.train_pool(run.config, loaded).split()[0]
         step = loop.train(run, loaded, pool)
     except (loop.NonFiniteLossError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -41,11 +51,11 @@ def main(argv):
         return entry.EXIT_PREEMPTED
     if step < run.num_steps:
         print(
-            f"preempted: step {step} of {run.num_steps} is saved in {workdir}; the same command continues",
+            f"preempted: step {step} of {run.num_steps} is saved in {run.workdir}; the same command continues",
             file=sys.stderr,
         )
         return entry.EXIT_PREEMPTED
-    print(f"finished: {run.num_steps} steps in {workdir}")
+    print(f"finished: {run.num_steps} steps in {run.workdir}")
     return 0
 
 
