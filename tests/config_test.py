@@ -186,7 +186,7 @@ def test_an_impossible_value_is_refused_in_one_line_that_says_what_is_expected(n
         {"loss__patched_frac": 0.375},
         {"optim__milestones": ()},
         {"patches__sizes_px": (20,), "data__image_size_px": 32},
-        {"model__name": "resnet18", "loss__feature_layers": ("stem", "stage4")},
+        {"model__name": "resnet18", "loss__feature_layers": ("stem", "stage1")},
     ],
 )
 def test_a_possible_combination_passes(fields):
@@ -265,3 +265,11 @@ def test_penalty_settings_and_the_weight_of_patched_images_come_from_the_loss_gr
     settings = method.pair_penalty.keywords["settings"]
     assert {name: getattr(settings, name) for name in fields} == fields and settings.min_bit_gap == 2
     assert method.bit_terms(1.0, 10.0) == 31.0
+
+
+def test_maps_too_small_for_a_histogram_are_refused():
+    config = config_lib.default()
+    config.data.image_size_px = 8
+    config.loss.feature_layers = ("stage3",)
+    with pytest.raises(ValueError, match="stage3 has 2-px maps here, too small"):
+        config_lib.validate(config)

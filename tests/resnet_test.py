@@ -258,7 +258,7 @@ def test_imagenet_networks_have_the_published_numbers_of_parameters_and_map_size
         f: (2, s, s, w) for f, s, w in zip(["stem", "stage1", "stage2", "stage3", "stage4"], sizes, widths, strict=True)
     }
     assert {f: leaf.shape for f, leaf in features.items()} == expected
-    assert logits.shape == (2, 1000) and tuple(expected) == make_model(name, num_classes=2).feature_names
+    assert logits.shape == (2, 1000) and tuple(expected) == make_model(name, num_classes=2).plan.stages
 
 
 @pytest.mark.parametrize("name, blocks", [("resnet8", 1), ("resnet20", 3)])

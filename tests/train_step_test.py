@@ -35,13 +35,13 @@ ORDER = 1e-10  # float64 sums in another order, through a dozen layers and their
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def make_settings(network):
-    """The full method at its default weights; a rate at which twenty steps of the smallest network learn without chaos."""
+def make_settings(network, method="triqdef"):
+    """A method at its default weights; a rate at which twenty steps of the smallest network learn without chaos."""
     settings = MethodSettings(1.0, ("stage1",), PenaltySettings(), PatchingSettings())
     sgd = optax.chain(
         optax.add_decayed_weights(1e-2, mask=optimizer.decayed), optax.sgd(optax.constant_schedule(0.05), momentum=0.9)
     )
-    return StepSettings(network, make_method("triqdef", settings), sgd)
+    return StepSettings(network, make_method(method, settings), sgd)
 
 
 def make_inputs(*, dtype, num=8, is_black=False):
@@ -302,9 +302,9 @@ sys.path.insert(0, sys.argv[1])
 import train_step_test as t
 from triqdef_jax import sharding, train_step
 
-bits, dtype = tuple(json.loads(sys.argv[2])), sys.argv[3]
+method, dtype, bits = *sys.argv[2:4], tuple(json.loads(sys.argv[4]))
 network = t.make_network(dtype, bits)
-settings = t.make_settings(network)
+settings = t.make_settings(network, method)
 with jax.enable_x64(False):
     arrays = jax.device_get(t.make_arrays(t.make_network("float32", bits)))
 weights, stats = jax.tree.map(lambda x: np.asarray(x, dtype), arrays)
@@ -324,10 +324,13 @@ for num_devices in (1, 8):
 """
 
 
-# float64 and 2 bits: only the order of sums differs, 1e-16 each, and 20 steps at momentum 0.9 let it grow (to 2e-12).
-# float32: 1e-7 each; with codes of 5 bits or less one of 10^5 codes flips within 20 steps, which is another run.
-@pytest.mark.parametrize("bits, dtype, tolerance", [((8, 2), "float64", 1e-9), ((32, 8), "float32", 1e-5)])
-def test_eight_devices_give_the_losses_of_one(bits, dtype, tolerance):
+# float64: sums in another order differ by 1e-16, and 20 steps at momentum 0.9 let that grow (to 2e-12 when measured).
+# float32: by 1e-7, which stays small without quantizers. With them, and with the penalties, whose gradients jump where slopes of a map
+# change sign, one rounding makes another run within ten steps; so the full method on low bit-widths is compared in float64.
+@pytest.mark.parametrize(
+    "method, dtype, bits, tolerance", [("triqdef", "float64", (8, 2), 1e-9), ("patch_ce", "float32", (32,), 1e-5)]
+)
+def test_eight_devices_give_the_losses_of_one_over_twenty_steps(method, dtype, bits, tolerance):
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # to compile in half the time
     environment = {
         **os.environ,
@@ -336,7 +339,7 @@ def test_eight_devices_give_the_losses_of_one(bits, dtype, tolerance):
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", ON_EIGHT_DEVICES, str(ROOT / "tests"), json.dumps(bits), dtype],
+        [sys.executable, "-W", "error", "-c", ON_EIGHT_DEVICES, str(ROOT / "tests"), method, dtype, json.dumps(bits)],
         env={**environment, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from ml_collections import ConfigDict
 
-from triqdef_jax import curriculum, quantize
+from triqdef_jax import curriculum, perceptual, quantize
 from triqdef_jax.models import MODELS, make_model
 from triqdef_jax.models.layers import LayerOptions
 from triqdef_jax.models.multibit import NORMS, MultiBitNetwork
@@ -224,7 +224,7 @@ def _validate_quant(quant):
 
 
 def _validate_loss(config):
-    loss, network_stages = config.loss, make_network(config).module.feature_names
+    loss, plan = config.loss, make_network(config).module.plan
     for name in ("alpha", "beta", "lambda_adv", "lambda_fdp", "lambda_gpdp"):
         _require(
             math.isfinite(loss[name]) and loss[name] >= 0, f"loss.{name} must be finite and at least 0", loss[name]
@@ -233,9 +233,15 @@ def _validate_loss(config):
     _require(0 <= loss.penalty_warmup_frac < 1, "loss.penalty_warmup_frac must lie in [0, 1)", loss.penalty_warmup_frac)
     _require(loss.min_bit_gap >= 0, "loss.min_bit_gap must be at least 0", loss.min_bit_gap)
     for layer in loss.feature_layers:
-        if layer not in network_stages:
+        if layer not in plan.stages:
             raise ValueError(
-                f"loss.feature_layers: {config.model.name} has the layers {', '.join(network_stages)}, got {layer!r}"
+                f"loss.feature_layers: {config.model.name} has the layers {', '.join(plan.stages)}, got {layer!r}"
+            )
+        side = plan.map_side_px(layer, image_size_px(config))
+        if loss.method == "triqdef" and side < 2 * perceptual.default_cell_px(side):
+            raise ValueError(
+                f"loss.feature_layers: {layer} has {side}-px maps here, too small for orientation histograms (2 x 2 cells of "
+                f"{perceptual.default_cell_px(side)} px); leave it out or use larger images"
             )
     if loss.lambda_fdp and not loss.feature_layers and loss.method == "triqdef":
         raise ValueError("loss.feature_layers is empty while loss.lambda_fdp > 0: name layers or set lambda_fdp to 0.0")

@@ -49,6 +49,13 @@ class ResNetPlan:
         """Names of the feature maps, the stem first."""
         return ("stem", *(f"stage{stage + 1}" for stage in range(len(self.stage_blocks))))
 
+    def map_side_px(self, name: str, image_size_px: int) -> int:
+        """Return the side of the named feature map for square images."""
+        side = -(-image_size_px // (IMAGENET_STEM_STRIDE if self.is_imagenet else 1))
+        for _ in range(self.stages.index(name) - 1):
+            side = -(-side // 2)
+        return side
+
 
 PLANS: Mapping[str, ResNetPlan] = {
     "resnet8": ResNetPlan((1, 1, 1), 16),
@@ -116,10 +123,6 @@ class ResNet(nn.Module):
     plan: ResNetPlan
     num_classes: int
     options: LayerOptions
-
-    @property
-    def feature_names(self):
-        return self.plan.stages
 
     @nn.compact
     def __call__(self, images: jax.Array, spec: quantize.BitSpec, mode: str) -> tuple[jax.Array, dict[str, jax.Array]]:
