@@ -168,7 +168,9 @@ def save(folder: pathlib.Path, request: PoolRequest, pool: PatchPool, records: l
     files.atomic_savez(partial / ARRAYS_FILE, **arrays)
     record = {"format": FORMAT, "request": dataclasses.asdict(request), "digest": pool.digest, "patches": records}
     files.atomic_write_json(partial / RECORD_FILE, record)
-    if not folder.exists():
+    if folder.exists():
+        shutil.rmtree(partial)
+    else:
         partial.rename(folder)
 
 
@@ -182,7 +184,7 @@ def load(folder: pathlib.Path, request: PoolRequest) -> PatchPool:
     advice = f"delete {folder} to have it built again"
     try:
         record = json.loads((folder / RECORD_FILE).read_text())
-        with np.load(folder / ARRAYS_FILE, allow_pickle=False) as arrays:
+        with open(folder / ARRAYS_FILE, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             pool = PatchPool(*(arrays[name] for name in PatchPool._fields[:-1]), digest=record["digest"])
         made_to = record["request"]
     except Exception as error:  # NumPy, zip and JSON readers each fail in their own ways on damaged bytes
