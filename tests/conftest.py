@@ -8,9 +8,48 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # no test may pass or fail
 import jax
 import pytest
 
+from triqdef_jax import config as config_lib
+from triqdef_jax import data, loop, runs
+
 
 @pytest.fixture
 def x64():
     """Give a test float64, in which two right implementations agree to 1e-10 and a rounding code never flips between them."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """Return a function that builds the config of a run of a few seconds on real digits at 8 px, with changed fields."""
+
+    def build(**changes):
+        config = config_lib.default()
+        fields = {
+            "data.image_size_px": 8,
+            "data.train_images": 256,
+            "model.width": 4,
+            "quant.bits": (32, 4),
+            "bact.starts": (0.5,),
+            "loss.method": "qat",
+            "loss.feature_layers": ("stage1",),
+            "train.epochs": 2,
+            "train.batch_size": 64,
+            "eval.images": 50,
+            "eval.batch_size": 16,
+        }
+        config.update_from_flattened_dict(fields | changes)
+        return config
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_config, tmp_path_factory):
+    """Return (workdir, data) of a finished run of `tiny_config`: 8 steps, bit-widths 32 and 4."""
+    workdir = tmp_path_factory.mktemp("run") / "tiny"
+    config = tiny_config()
+    loaded = data.load(config.data)
+    runs.open_workdir(workdir, config)
+    assert loop.train(loop.make_run(config, workdir, loaded.num_train), loaded, None, is_quiet=True) == 8
+    return workdir, loaded
