@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from triqdef_jax import deploy, evaluate, results, runs
+from triqdef_jax import deploy, evaluate, metrics, results, runs
 from triqdef_jax.patch_pool import PatchPool
 
 BITS = (32, 4)
@@ -93,3 +93,59 @@ def test_evaluating_twice_gives_the_same_predictions(trained, pool, outcomes):
     jax.tree.map(
         np.testing.assert_array_equal, again.pools["held-out"].predictions, outcomes.pools["held-out"].predictions
     )
+
+
+def with_eval(trained, **changes):
+    """The run and its data under other `eval` settings."""
+    run, loaded = trained
+    config = run.config.copy_and_resolve_references()
+    config.eval.update(changes)
+    return run._replace(config=config), loaded
+
+
+def test_batch_size_and_number_of_images_change_no_prediction(trained, pool, outcomes):
+    few = evaluate.evaluate(*with_eval(trained, batch_size=7, images=20), {"held-out": pool}, bits=BITS, deployed=False)
+    np.testing.assert_array_equal(few.ids, outcomes.ids[:20])
+    np.testing.assert_array_equal(few.clean, outcomes.clean[:2, :20])
+    expected = outcomes.pools["held-out"].predictions[:2, :, :20]
+    np.testing.assert_array_equal(few.pools["held-out"].predictions, expected)
+
+
+def test_predictions_under_a_patch_are_those_of_the_network_on_the_pasted_images(trained, pool, outcomes):
+    run, loaded = trained
+    pasted = np.asarray(evaluate.make_paste(pool, 2, run.config)(loaded.test.images[:50], np.arange(50)))
+    for row, bits in enumerate(BITS):
+        expected = run.logits_fn(bits)(jnp.asarray(pasted) / 255.0).argmax(-1)
+        np.testing.assert_array_equal(outcomes.pools["held-out"].predictions[row, 2], expected)
+
+
+def test_every_count_of_the_record_is_that_of_the_stored_predictions(trained, pool, tmp_path):
+    """With bits 3 and 6, which were never trained."""
+    bits = (*BITS, 3, 6)
+    outcomes = evaluate.evaluate(*with_eval(trained, images=16), {"held-out": pool}, bits=bits, deployed=False)
+    record = results.describe(
+        trained[0].config, results.summarise(outcomes, bits, seed=0), workdir="x", step=0, deployed=False
+    )
+    path = results.save(tmp_path, "evaluation", record, outcomes)
+    with np.load(path.with_name("evaluation_outcomes.npz"), allow_pickle=False) as stored:
+        arrays = dict(stored)
+    for row, b in enumerate(bits):
+        predictions = (
+            arrays["clean"][row],
+            arrays["predictions:held-out"][row],
+            arrays["labels"],
+            arrays["target:held-out"],
+        )
+        masks = metrics.success_masks(*predictions)
+        for name, count in metrics.success_counts(*predictions).items():
+            rate = record["pools"]["held-out"]["bits"][str(b)][name]
+            assert (rate["num"], rate["den"]) == (count.num.sum(), count.den.sum())
+            np.testing.assert_array_equal(masks[name].num.sum(axis=1), count.num)
+            np.testing.assert_array_equal(masks[name].den.sum(axis=1), count.den)
+
+
+def test_progress_names_every_patch_of_every_pool(trained, pool):
+    said = []
+    pools = {"a": pool, "b": pool.rows([0])}
+    evaluate.evaluate(*with_eval(trained, images=2), pools, bits=(32,), deployed=False, progress=said.append)
+    assert said == ["a: patch 1/3", "a: patch 2/3", "a: patch 3/3", "b: patch 1/1"]

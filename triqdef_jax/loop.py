@@ -75,12 +75,13 @@ def make_run(config: ConfigDict, workdir, num_train: int, *, num_devices: int | 
     if batch_size > num_train:
         raise ValueError(f"train.batch_size must be at most the {num_train} training images, got {batch_size}")
     sharding.check_batch(batch_size, mesh)
-    sharding.check_batch(round(batch_size * config.loss.patched_frac), mesh)
+    network, method = config_lib.make_network(config), config_lib.make_training_method(config)
+    if method.needs_pool or method.needs_logits:
+        sharding.check_batch(round(batch_size * config.loss.patched_frac), mesh)
     if config.train.plan == "per_bit" and mesh.size > 1:
         raise ValueError(f"train.plan=per_bit runs on one device, {mesh.size} are in use; use fused or auto")
     steps_per_epoch = num_train // batch_size
     num_steps = steps_per_epoch * config.train.epochs
-    network, method = config_lib.make_network(config), config_lib.make_training_method(config)
     schedule = optimizer.make_schedule(config.optim, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
     settings = StepSettings(
         network=network,

@@ -32,7 +32,7 @@ class PoolRequest:
       source: hash of the config of the network the patches are made on.
       num_patches, sizes_px, families, shape: how many, which sides in pixels, 'lavan' and/or 'gap', 'square' or 'circle'.
       num_classes: targets cycle over all classes. canvas_px: side of the arrays; smaller patches are centred in it.
-      steps, batch_images: optimisation steps and images per patch and step.
+      steps, batch_images, source_images: optimisation steps, images per patch and step, images they are drawn from.
       rotation_deg, scale_jitter: what 'gap' patches are optimised for, and how any patch is pasted later.
       seed: root of the pool's randomness.
     """
@@ -46,6 +46,7 @@ class PoolRequest:
     canvas_px: int
     steps: int
     batch_images: int
+    source_images: int
     rotation_deg: float
     scale_jitter: float
     seed: int

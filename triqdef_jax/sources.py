@@ -75,6 +75,7 @@ def request(config: ConfigDict, source_index: int, sizes_px: tuple[int, ...], nu
         canvas_px=max(sizes_px),
         steps=patches.steps,
         batch_images=patches.batch_images,
+        source_images=patches.source_images,
         rotation_deg=patches.rotation_deg,
         scale_jitter=patches.scale_jitter,
         seed=config.seed,
