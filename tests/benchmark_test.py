@@ -1,4 +1,4 @@
-"""The benchmark takes real steps of a tiny network: its figures exist, agree with one another, bad flags are refused."""
+"""The benchmark takes real steps of a tiny network: its figures exist and agree with one another, bad flags are refused."""
 
 import json
 import pathlib

@@ -71,6 +71,7 @@ class Piece:
 
     def __call__(self, *args):
         if self.compiled is None:
+            jax.block_until_ready(args)  # else earlier programs, still running, would count as compilation
             traced = self.costs["trace"].add(lambda: self._jitted.trace(*args))
             lowered = self.costs["lower"].add(traced.lower)
             self.compiled = self.costs["compile"].add(lowered.compile)

@@ -120,6 +120,8 @@ def train(run: Run, data, pool: PatchPool | None, *, label: str = "", is_quiet: 
     with Checkpointer(run.workdir / CHECKPOINTS, keep=run.config.train.keep_checkpoints) as checkpointer:
         state, stage_done = _restore_or_init(run, checkpointer)
         start = int(state.step)
+        if start >= run.num_steps:
+            return start
         with (
             MetricWriter(run.workdir, restored_step=start, is_lead=is_lead) as writer,
             Progress(
@@ -169,8 +171,6 @@ class _Trainer:
         self.input_key = jax.device_put(stream_key(run.config.seed, "inputs"), everywhere)
 
     def fit(self, state, step, stage_done):
-        if step >= self.run.num_steps:
-            return step
         batches = self.data.train_batches(
             seed=self.run.config.seed,
             batch_size=self.run.config.train.batch_size,
@@ -184,7 +184,7 @@ class _Trainer:
                 state = self._enter(state, stage)
                 self.checkpointer.save(step, state, {"stage": index})
             state, step = self._run_stage(state, step, index, batches)
-            if self.preemption.is_requested and step < stage.stop:  # at a stage's end, entering the next one saves
+            if step < stage.stop:  # preempted; where that is at a stage's end, entering the next one saves
                 break
         self.checkpointer.wait()
         return step
@@ -204,13 +204,14 @@ class _Trainer:
         is_last = index == len(run.stages) - 1
         slots = [run.network.slot(bits) for bits in stage.bits]
         specs = [run.network.spec(bits, round_bias=run.config.quant.round_bias and is_last) for bits in stage.bits]
-        window = None
-        while step < stage.stop and not self.preemption.is_requested:
+        window, is_leaving = None, self.preemption.is_requested
+        while step < stage.stop and not is_leaving:
             inputs = self._inputs(state, stage, specs, step, next(batches))
             state, metrics = self.step_fn(state, inputs, stage.bits, slots, specs, self._ramp(step))
             window = _start(metrics, step) if window is None else _accumulate(window, metrics, step)
             step += 1
-            is_end = step == stage.stop or self.preemption.is_requested
+            is_leaving = self.preemption.is_requested  # asked once per step, so that the step that leaves also saves
+            is_end = step == stage.stop or is_leaving
             is_saved = step % train.checkpoint_every_steps == 0 and step != stage.stop
             if is_end or is_saved or step % train.log_every_steps == 0:
                 self._log(window, step, stage)

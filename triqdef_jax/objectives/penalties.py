@@ -57,7 +57,7 @@ def pair_penalty(
     Returns:
       (penalty, similarities by map name); the chance levels carry no gradient.
     """
-    similarities = all_similarities(maps, settings)
+    similarities = {name: similarity(stack, name, settings) for name, stack in maps.items()}
     layers = [name for name in maps if name != INPUT_GRADIENT]
     penalty = jnp.float32(0)
     if layers:
@@ -67,19 +67,6 @@ def pair_penalty(
     if INPUT_GRADIENT in maps:
         penalty += settings.lambda_gpdp * reduce_pairs(similarities[INPUT_GRADIENT], bits, settings)
     return penalty, similarities
-
-
-def all_similarities(maps: dict[str, jax.Array], settings: PenaltySettings) -> dict[str, Similarity]:
-    """Return `similarity` of every layer; layers of one size and form go through one program, compiled once for all of them."""
-    groups = {}
-    for name, stack in maps.items():
-        groups.setdefault((stack.shape, _has_soft_edges(name, settings)), []).append(name)
-    similarities = {}
-    for names in groups.values():
-        together = jax.vmap(lambda stack, name=names[0]: similarity(stack, name, settings))
-        grouped = together(jnp.stack([maps[name] for name in names]))
-        similarities |= {name: Similarity(*(x[index] for x in grouped)) for index, name in enumerate(names)}
-    return {name: similarities[name] for name in maps}
 
 
 def similarity(stack: jax.Array, name: str, settings: PenaltySettings) -> Similarity:
@@ -94,14 +81,12 @@ def similarity(stack: jax.Array, name: str, settings: PenaltySettings) -> Simila
 
 def descriptors(stack: jax.Array, name: str, settings: PenaltySettings) -> tuple[jax.Array, jax.Array]:
     """Return (edge maps `[K, B, h, w]` in [0, 1], orientation histograms `[K, B, D]`) of the maps of one layer."""
-    sharpen = perceptual.soft_edges if _has_soft_edges(name, settings) else perceptual.normalize_peak
-    edges = sharpen(perceptual.sobel_magnitude(stack))
+    if name == INPUT_GRADIENT and not settings.gpdp_soft_edges:
+        edges = perceptual.normalize_peak(perceptual.sobel_magnitude(stack))
+    else:
+        edges = perceptual.soft_edges(perceptual.sobel_magnitude(stack))
     cell_px = perceptual.default_cell_px(min(stack.shape[-2:]))
     return edges, perceptual.soft_hog(stack, cell_px=cell_px, centered=settings.centered_hog)
-
-
-def _has_soft_edges(name, settings):
-    return name != INPUT_GRADIENT or settings.gpdp_soft_edges
 
 
 def reduce_pairs(similar: Similarity, bits: jax.Array, settings: PenaltySettings) -> jax.Array:
