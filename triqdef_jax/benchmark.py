@@ -23,12 +23,6 @@ from triqdef_jax import entry, files, loop, patches, sharding, train_step
 from triqdef_jax.objectives.methods import Pool
 from triqdef_jax.objectives.penalties import INPUT_GRADIENT
 
-_CONFIG, _WORKDIR = entry.define_config_flags(default="configs/digits.py")
-_OUT = flags.DEFINE_string("out", None, "JSON file for the figures; by default they are printed only.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed steps of each kind.")
-_PLANS = flags.DEFINE_list("plans", "per_bit,fused", "Compilation plans to measure: per_bit, fused.")
-_WHAT = flags.DEFINE_string("what", "step", "What to measure: step.")
-
 SUBJECTS = ("step",)
 PLANS = ("per_bit", "fused")
 KINDS = ("method", "clean", "plain")
@@ -383,4 +377,9 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    _CONFIG, _WORKDIR = entry.define_config_flags(default="configs/digits.py")
+    _OUT = flags.DEFINE_string("out", None, "JSON file for the figures; by default they are printed only.")
+    _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed steps of each kind.")
+    _PLANS = flags.DEFINE_list("plans", "per_bit,fused", "Compilation plans to measure: per_bit, fused.")
+    _WHAT = flags.DEFINE_string("what", "step", "What to measure: step.")
     entry.run_program(main)

@@ -10,8 +10,6 @@ import sys
 
 from triqdef_jax import entry
 
-_CONFIG, _WORKDIR = entry.define_config_flags(default="configs/digits.py")
-
 
 def main(argv):
     del argv
@@ -60,4 +58,5 @@ def _train(run, loaded):
 
 
 if __name__ == "__main__":
+    _CONFIG, _WORKDIR = entry.define_config_flags(default="configs/digits.py")
     entry.run_program(main)
