@@ -76,7 +76,8 @@ def similarity(stack: jax.Array, name: str, settings: PenaltySettings) -> Simila
     with_others = [jnp.concatenate([x, jnp.roll(x, 1, axis=1)]) for x in jax.lax.stop_gradient((edges, hogs))]
     chance = perceptual.pair_similarity(*with_others, alpha=settings.alpha, beta=settings.beta)
     num_bits = stack.shape[0]
-    return Similarity(jnp.mean(value, axis=-1), jnp.mean(chance[:num_bits, num_bits:], axis=-1))
+    over_images = tuple(range(2, value.ndim))  # and channels, where every channel has a map of its own
+    return Similarity(jnp.mean(value, axis=over_images), jnp.mean(chance[:num_bits, num_bits:], axis=over_images))
 
 
 def descriptors(stack: jax.Array, name: str, settings: PenaltySettings) -> tuple[jax.Array, jax.Array]:
