@@ -254,6 +254,16 @@ def test_value_gradient_and_second_derivative_are_finite_on_degenerate_maps():
     assert not np.any(first[0, 0]) and np.any(first[0, 2])  # none on the all-zero map, some on the spike
 
 
+def test_rounding_noise_in_a_map_does_not_turn_the_gradient():
+    rng = np.random.default_rng(8)
+    maps = rng.integers(0, 4, (4, 8, 8)).astype(np.float32) / 3  # a 2-bit network's maps: many slopes are exactly 0
+    noisy = maps + rng.choice([-6e-8, 0, 6e-8], maps.shape).astype(np.float32)
+    gradient = jax.jit(jax.grad(lambda m: jnp.sum(perceptual.soft_hog(m, cell_px=2) ** 3)))
+    first, second = gradient(maps), gradient(noisy)
+    assert np.linalg.norm(first) > 1
+    assert np.linalg.norm(first - second) < 1e-4 * np.linalg.norm(first)
+
+
 def test_cosine_of_a_zero_vector_is_zero_without_gradient():
     zero, other = jnp.zeros(3), jnp.array([1.0, 2.0, 2.0])
     cosine = jax.jit(jax.value_and_grad(perceptual.cosine))
