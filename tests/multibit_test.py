@@ -77,11 +77,11 @@ def test_put_replaces_one_entry_that_take_gives_back_under_a_traced_index():
 def test_one_executable_runs_every_bit_width_with_its_own_slice():
     network, (weights, stats) = MultiBitNetwork(MODULE, BITS), initial()
     images = np.random.default_rng(0).random((4, 8, 8, 3), np.float32)
-    forward = jax.jit(network.train_forward)
+    forward = jax.jit(lambda slot, spec: network.train_forward(network.slice(weights, stats, slot), spec, images))
     direct = jax.jit(lambda variables, spec: MODULE.apply(variables, images, spec, "train", mutable=["moments"])[0])
     logits = []
     for index, bits in enumerate(BITS):
-        out, features, moments = forward(weights, stats, network.slot(bits), network.spec(bits), images)
+        out, features, moments = forward(network.slot(bits), network.spec(bits))
         alone = jax.tree.map(lambda x, i=index: x[i], (weights.scales, weights.affine, stats))
         variables = {"params": weights.params, "scales": alone[0], "affine": alone[1], "stats": alone[2]}
         (expected, maps) = direct(variables, network.spec(bits))

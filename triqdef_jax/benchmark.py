@@ -143,7 +143,7 @@ def make_step(run, plan: str):
     if plan == "fused":
         step = Piece(train_step.make_step(run.settings, plan=plan, mesh=run.mesh), static_argnums=(2,))
         return step, {"step": step}
-    pieces = train_step.make_pieces(run.settings, lambda piece, **options: Piece(jax.jit(piece, **options)))
+    pieces = train_step.make_pieces(run.settings, lambda piece, **options: Piece(train_step.jit(piece, **options)))
 
     def step(*args):
         return train_step.run_step(run.settings, pieces, *args)

@@ -81,11 +81,12 @@ def bit_forward(
     """
 
     def outputs(weights):
-        ce_clean, acc_clean, moments = _clean_part(settings, weights, stats, slot, spec, inputs)
+        variables = settings.network.slice(weights, stats, slot)  # once: gradients meet before they are scattered
+        ce_clean, acc_clean, moments = _clean_part(settings, variables, spec, inputs)
         if inputs.patched_images is None:
             zero = jnp.float32(0)
             return (settings.method.bit_terms(ce_clean, None), {}), BitReport(ce_clean, acc_clean, zero, zero, moments)
-        ce_patched, acc_patched, maps, patched_moments = _patched_part(settings, weights, stats, slot, spec, inputs)
+        ce_patched, acc_patched, maps, patched_moments = _patched_part(settings, variables, spec, inputs)
         if settings.pooled_stats:
             counts = [inputs.images.shape[0], inputs.patched_images.shape[0]]
             moments = multibit.pool_moments([moments, patched_moments], counts)
@@ -96,16 +97,16 @@ def bit_forward(
     return values, report, pullback
 
 
-def _clean_part(settings, weights, stats, slot, spec, inputs):
-    logits, _, moments = settings.network.train_forward(weights, stats, slot, spec, inputs.images)
+def _clean_part(settings, variables, spec, inputs):
+    logits, _, moments = settings.network.train_forward(variables, spec, inputs.images)
     return cross_entropy(logits, inputs.labels), accuracy(logits, inputs.labels), moments
 
 
-def _patched_part(settings, weights, stats, slot, spec, inputs):
+def _patched_part(settings, variables, spec, inputs):
     """Cross-entropy, maps and input gradient of the patched images, from one forward."""
 
     def loss(images):
-        logits, features, moments = settings.network.train_forward(weights, stats, slot, spec, images)
+        logits, features, moments = settings.network.train_forward(variables, spec, images)
         return cross_entropy(logits, inputs.patched_labels), (logits, features, moments)
 
     if INPUT_GRADIENT in settings.method.map_layers:
@@ -183,6 +184,13 @@ def make_pieces(settings: StepSettings, compile_piece: Callable = lambda piece, 
     )
 
 
+def jit(function: Callable, **options) -> Callable:
+    """Return `jax.jit(function, **options)`; on a CPU without LLVM's costly passes: a fifth less to compile, the same speed."""
+    if jax.default_backend() == "cpu":
+        options["compiler_options"] = {"xla_backend_optimization_level": 1}
+    return jax.jit(function, **options)
+
+
 def make_step(settings: StepSettings, *, plan: str, mesh: jax.sharding.Mesh) -> Callable:
     """Return `step(state, inputs, bits, slots, specs, ramp) -> (state, metrics)`.
 
@@ -197,14 +205,14 @@ def make_step(settings: StepSettings, *, plan: str, mesh: jax.sharding.Mesh) -> 
     if plan not in PLANS:
         raise ValueError(f"train.plan must be one of auto, {', '.join(PLANS)}, got {plan!r}")
     if plan == "per_bit":
-        return functools.partial(run_step, settings, make_pieces(settings, jax.jit))
+        return functools.partial(run_step, settings, make_pieces(settings, jit))
     pieces, everywhere = make_pieces(settings), sharding.replicated(mesh)
 
     def step(state, inputs, bits, slots, specs, ramp):
         inputs = jax.lax.with_sharding_constraint(inputs, sharding.batch_sharding(mesh))
         return run_step(settings, pieces, state, inputs, bits, slots, specs, ramp)
 
-    return jax.jit(step, static_argnums=2, donate_argnums=0, out_shardings=(everywhere, everywhere))
+    return jit(step, static_argnums=2, donate_argnums=0, out_shardings=(everywhere, everywhere))
 
 
 def run_step(settings, pieces, state, inputs, bits, slots, specs, ramp):

@@ -96,13 +96,12 @@ class MultiBitNetwork:
             "stats": take(stats, slot.stats),
         }
 
-    def train_forward(self, weights, stats, slot, spec, images):
-        """Run one training-mode forward.
+    def train_forward(self, variables, spec, images):
+        """Run one training-mode forward of the variables that `slice` returned.
 
         Returns:
           logits `[B, K]`, features (dict of `[B, h, w, C]`), moments (the batch's statistics, in the structure of one slice of `stats`).
         """
-        variables = self.slice(weights, stats, slot)
         (logits, features), new = self.module.apply(variables, images, spec, "train", mutable=["moments"])
         return logits, features, new.get("moments", {})
 
@@ -147,7 +146,13 @@ def _pool(nodes, shares):
 
 
 def update_stats(stats: Tree, slot: Slot, moments: Tree) -> Tree:
-    """Return the running statistics after one exponential update of one bit-width."""
-    old = take(stats, slot.stats)
-    new = jax.tree.map(lambda a, b: STATS_DECAY * a + (1 - STATS_DECAY) * b, old, moments)
-    return put(stats, slot.stats, new)
+    """Return the running statistics after one exponential update of one bit-width.
+
+    Rows are chosen by a mask: the updates of all bit-widths then compile to one kernel per array instead of ten.
+    """
+
+    def updated(stack, new):
+        is_row = jnp.arange(stack.shape[0]).reshape(-1, *[1] * (stack.ndim - 1)) == slot.stats
+        return jnp.where(is_row, STATS_DECAY * stack + (1 - STATS_DECAY) * new, stack)
+
+    return jax.tree.map(updated, stats, moments)
