@@ -52,19 +52,5 @@ def get_config(variant=""):
     config.patches.steps = 500  # as published for both families
     config.patches.source_epochs = 40
 
-    config.update_from_flattened_dict(_changes(variant))
+    config.update_from_flattened_dict(config_lib.join_variants("configs/cifar10.py", VARIANTS, variant))
     return config
-
-
-def _changes(variant):
-    """Return the fields that the named variants set, refusing two that set the same one."""
-    changes = {}
-    for name in variant.split(",") if variant else ():
-        if name not in VARIANTS:
-            raise ValueError(
-                f"configs/cifar10.py has the variants {', '.join(VARIANTS)}, alone or joined by commas; got {name!r}"
-            )
-        for field in changes.keys() & VARIANTS[name].keys():
-            raise ValueError(f"configs/cifar10.py:{variant} sets {field} twice; keep one of the variants that set it")
-        changes |= VARIANTS[name]
-    return changes

@@ -3,18 +3,20 @@
     python -m triqdef_jax.train --config=configs/digits.py
     python -m triqdef_jax.evaluate --workdirs=runs/digits
 
-Variants: `:qat` (clean multi-bit training) and `:patch_ce` (pool patches, no penalties), same network and budget.
+Variants, same network and budget: `qat` (clean multi-bit training), `patch_ce` (pool patches, no penalties), `pbat`
+(image-specific patches, no penalties).
 """
 
 from triqdef_jax import config as config_lib
 
-VARIANTS = ("", "qat", "patch_ce", "pbat")
+VARIANTS = {
+    "qat": {"loss.method": "qat"},
+    "patch_ce": {"loss.method": "patch_ce"},
+    "pbat": {"loss.method": "pbat"},
+}
 
 
 def get_config(variant=""):
-    if variant not in VARIANTS:
-        raise ValueError(f"configs/digits.py has the variants {', '.join(VARIANTS[1:])}, got {variant!r}")
     config = config_lib.default()
-    if variant:
-        config.loss.method = variant
+    config.update_from_flattened_dict(config_lib.join_variants("configs/digits.py", VARIANTS, variant))
     return config

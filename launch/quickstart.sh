@@ -6,7 +6,7 @@
 #   QUICKSTART_DIR=/scratch/me bash launch/quickstart.sh # where .venv and runs/ go; default: the current directory
 #   PYTHON=python3.12 bash launch/quickstart.sh          # the interpreter of the environment
 #
-# Arguments go to every training (QUICKSTART_DIR=/tmp/look bash launch/quickstart.sh --config.train.epochs=3).
+# Arguments go to every training (QUICKSTART_DIR=look bash launch/quickstart.sh --config.train.epochs=3).
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -148,8 +148,9 @@ REFUSED = [
     ("patches__pool_size", 3, "patches.pool_size must be at least 4 (a quarter is held out), got 3"),
     *[
         (f"patches__{name}", 0, f"patches.{name} must be at least 1, got 0")
-        for name in ("eval_pool_size", "steps", "batch_images", "source_epochs", "attack_steps", "source_images")
+        for name in ("eval_pool_size", "steps", "batch_images", "source_epochs", "attack_steps")
     ],
+    ("patches__source_images", 128, "patches.source_images must exceed the 128 images that judge the patches, got 128"),
     ("patches__online_steps", -1, "patches.online_steps must be at least 0, got -1"),
     *[
         (f"patches__{name}", 0.0, f"patches.{name} must be positive, got 0.0")

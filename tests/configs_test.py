@@ -188,7 +188,7 @@ def test_an_ablated_penalty_reads_no_maps(name, maps):
 @pytest.mark.parametrize(
     "file, variant, said",
     [
-        ("digits", "huge", "qat, patch_ce, pbat, got 'huge'"),
+        ("digits", "huge", "qat, patch_ce, pbat, alone or joined by commas; got 'huge'"),
         ("cifar10", "huge", "resnet20, qat, patch_ce, pbat, alone or joined by commas; got 'huge'"),
         ("cifar10", "resnet20,", "got ''"),
         ("cifar10", "qat,pbat", "sets loss.method twice"),

@@ -118,6 +118,15 @@ def test_equal_maps_of_two_bits_are_as_alike_as_a_map_with_itself_and_more_than_
     assert both.value[0, 1] > both.value[0, 2] and both.value[0, 1] > both.chance[0, 1]
 
 
+def test_maps_per_channel_count_like_more_images():
+    channels = np.stack([make_maps()["stage1"], make_maps()["stage1"][::-1]], axis=2)  # [K, B, C, h, w]
+    together = similarity(channels, "stage1", PenaltySettings())
+    apart = [similarity(channels[:, :, c], "stage1", PenaltySettings()) for c in range(2)]
+    for name in ("value", "chance"):
+        expected = np.mean([getattr(one, name) for one in apart], axis=0)
+        np.testing.assert_allclose(getattr(together, name), expected, rtol=ROUNDING)
+
+
 def test_the_chance_level_is_the_similarity_between_different_images():
     stack = make_maps()["stage1"]
     similar = similarity(stack, "stage1", PenaltySettings())

@@ -10,6 +10,7 @@ from fractions import Fraction
 from ml_collections import ConfigDict
 
 from triqdef_jax import curriculum, perceptual, quantize
+from triqdef_jax.attacks.settings import NUM_EVAL_IMAGES
 from triqdef_jax.models import MODELS, make_model
 from triqdef_jax.models.layers import LayerOptions
 from triqdef_jax.models.multibit import NORMS, MultiBitNetwork
@@ -125,6 +126,21 @@ def default() -> ConfigDict:
 def image_size_px(config: ConfigDict) -> int:
     """Return the side of the network's input in pixels."""
     return config.data.image_size_px or DATASETS[config.data.name][0]
+
+
+def join_variants(file: str, variants: dict[str, dict], joined: str) -> dict:
+    """Return the fields that the variants `joined` by commas set, from {variant: {field: value}} of a config file.
+
+    Raises ValueError for an unknown variant, and for two that set the same field.
+    """
+    changes = {}
+    for name in joined.split(",") if joined else ():
+        if name not in variants:
+            raise ValueError(f"{file} has the variants {', '.join(variants)}, alone or joined by commas; got {name!r}")
+        for field in changes.keys() & variants[name].keys():
+            raise ValueError(f"{file}:{joined} sets {field} twice; keep one of the variants that set it")
+        changes |= variants[name]
+    return changes
 
 
 def num_classes(config: ConfigDict) -> int:
@@ -290,8 +306,13 @@ def _validate_patches(config):
     _require(0 <= patches.scale_jitter < 1, "patches.scale_jitter must lie in [0, 1)", patches.scale_jitter)
     _require(patches.rotation_deg >= 0, "patches.rotation_deg must be at least 0", patches.rotation_deg)
     _require(patches.pool_size >= 4, "patches.pool_size must be at least 4 (a quarter is held out)", patches.pool_size)
-    for name in ("eval_pool_size", "steps", "batch_images", "source_epochs", "attack_steps", "source_images"):
+    for name in ("eval_pool_size", "steps", "batch_images", "source_epochs", "attack_steps"):
         _require(patches[name] >= 1, f"patches.{name} must be at least 1", patches[name])
+    _require(
+        patches.source_images > NUM_EVAL_IMAGES,
+        f"patches.source_images must exceed the {NUM_EVAL_IMAGES} images that judge the patches",
+        patches.source_images,
+    )
     _require(patches.online_steps >= 0, "patches.online_steps must be at least 0", patches.online_steps)
     for name in ("online_step_size", "attack_step_size"):
         _require(patches[name] > 0, f"patches.{name} must be positive", patches[name])

@@ -8,6 +8,8 @@ import jax
 from triqdef_jax.attacks.losses import LOSSES, OPTIMIZERS
 from triqdef_jax.patches import LOCATIONS, SHAPES
 
+NUM_EVAL_IMAGES = 128  # Images that judge iterates and finished patches, kept apart from those they are optimised on.
+
 
 class Patch(NamedTuple):
     """P patches on one canvas.
@@ -58,7 +60,7 @@ class PatchSettings:
     num_steps: int = 500
     step_size: float = 5.0 / 255.0
     batch_images: int = 16
-    num_eval_images: int = 128
+    num_eval_images: int = NUM_EVAL_IMAGES
     eval_every_steps: int = 25
     num_restarts: int = 1
     location: str = "random"
