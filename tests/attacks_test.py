@@ -1,4 +1,4 @@
-"""Tests of the attacks' losses, optimisers and loop, of universal patches and of image-specific ones."""
+"""Tests of the attacks' losses, optimisers, loop and registry, of universal patches, and of what attacks find on digits."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def digits():
     labels = jnp.asarray(data.target, jnp.int32)
     rng = np.random.default_rng(0)
     draw = lambda scale, *shape: jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
-    params = {"convs": [draw(0.3, 3, 3, 1, 16), draw(0.1, 5, 5, 16, 32)], "dense": draw(0.2, 32, 10)}
+    params = {"convs": [draw(0.3, 3, 3, 1, 8), draw(0.1, 5, 5, 8, 16)], "dense": draw(0.2, 16, 10)}
     optimizer = optax.adam(0.01)
 
     @jax.jit
@@ -58,11 +58,11 @@ def digits():
 @pytest.fixture(scope="module")
 def gap_run(digits):
     images, labels, params = digits
-    return attacks.ATTACKS["universal"](jax.random.key(1), Partial(_conv_net, params), images, labels, _gap_settings())
+    return universal.attack(jax.random.key(1), Partial(_conv_net, params), images, labels, _gap_settings())
 
 
 def _gap_settings(**changes):
-    fields = dict(size_px=(7, 5), target=(4, 5), num_steps=60, step_size=0.1, eval_every_steps=20, num_eval_images=200)
+    fields = dict(size_px=(7, 5), target=(3, 5), num_steps=60, step_size=0.1, eval_every_steps=20, num_eval_images=200)
     return attacks.make_settings("gap", **{**fields, **changes})
 
 
@@ -77,13 +77,17 @@ def test_losses_match_the_hand():
         "ce_target": [-log_probs[0, 2], -log_probs[1, 0]],
         "lavan": [2.0 - -1.0, 3.0 - 0.0],
         "untargeted": [log_probs[0, 0], log_probs[1, 1]],
+        "cross_entropy": [-log_probs[0, 2], -log_probs[1, 0]],
         "margin": [2.0 - -1.0, 3.0 - 0.0],
     }
     assert expected.keys() == losses.LOSSES.keys()
     for name, loss in losses.LOSSES.items():
         # Sums of three exponentials of order 1 in float32.
         np.testing.assert_allclose(loss(logits, labels, targets), expected[name], rtol=1e-6, err_msg=name)
-    np.testing.assert_array_equal(losses.margin(logits, labels, jnp.array([-1, -1])), [1.0, 0.0])
+    nowhere = jnp.array([-1, -1])
+    np.testing.assert_array_equal(losses.margin(logits, labels, nowhere), [1.0, 0.0])
+    without = losses.LOSSES["cross_entropy"](logits, labels, nowhere)
+    np.testing.assert_array_equal(without, losses.untargeted(logits, labels, nowhere))
 
 
 def test_margin_gradient_is_shared_at_a_tie_and_finite():
@@ -212,17 +216,29 @@ class _Twin:
         self.values[p] = np.clip(self.values[p] - self.settings.step_size * direction, 0, 1)
 
 
-def test_a_gap_patch_beats_noise(gap_run, digits):
-    patch, info = gap_run
+@pytest.fixture(scope="module")
+def noise_run(digits):
     images, labels, params = digits
-    held = info["eval_index"]
-    place = jax.tree.map(lambda field: jnp.array(field[0]), info["eval_placements"])
-    noise = jax.random.uniform(jax.random.key(8), (200, 7, 7, 1))  # another noise on each image
-    pasted = jax.jit(patches.apply_patches)(images[held], noise, jnp.repeat(patch.masks[:1], 200, axis=0), place)
-    predictions = jax.jit(_conv_net)(params, pasted).argmax(-1)
-    by_noise = metrics.success_counts(info["clean_predictions"], predictions, labels[held], 4)
-    # About 180 images: the standard deviation of a rate is at most 0.04.
-    assert info["success"]["tsr"].rate[0] > by_noise["tsr"].rate + 0.15
+    settings = attacks.get("noise").settings(size_px=(7,) * 5, target=(3,) * 5, num_eval_images=200)
+    return attacks.get("noise").attack(jax.random.key(1), Partial(_conv_net, params), images, labels, settings)
+
+
+def _interval(count, index):
+    return metrics.wilson(int(count.num[index]), int(count.den[index]))
+
+
+@pytest.mark.parametrize("name", ["gap", "lavan"])
+def test_a_universal_patch_beats_noise_of_its_size(name, gap_run, noise_run, digits):
+    images, labels, params = digits
+    if name == "gap":
+        info = gap_run[1]
+    else:  # at random places, as the noise
+        settings = attacks.get(name).settings(
+            size_px=(7,), target=(3,), num_steps=60, num_eval_images=200, location="random"
+        )
+        _, info = attacks.get(name).attack(jax.random.key(1), Partial(_conv_net, params), images, labels, settings)
+    best_noise = max(_interval(noise_run[1]["success"]["tsr"], p).high for p in range(5))
+    assert _interval(info["success"]["tsr"], 0).low > best_noise
     assert np.all(info["best_loss"] < info["eval_losses"][0, 0] - 0.2)  # look 0 is noise, too, at the same places
 
 
@@ -232,7 +248,7 @@ def test_the_best_look_is_what_comes_back(gap_run, digits):
     np.testing.assert_array_equal(info["best_loss"], info["eval_losses"].min(axis=(0, 1)))
     np.testing.assert_array_equal(info["eval_steps"], [0, 20, 40, 60])
     assert info["losses"].shape == (60, 1, 2) and np.all(info["losses"] != 0)
-    assert patch.size_px.tolist() == [7, 5] and patch.target.tolist() == [4, 5]
+    assert patch.size_px.tolist() == [7, 5] and patch.target.tolist() == [3, 5]
     np.testing.assert_array_equal(patches.round_to_uint8(patch.values) / 255.0, patch.values)
     assert not np.any(patch.values * (1 - patch.masks[..., None])) and patch.masks.sum((1, 2)).tolist() == [49, 25]
     held = info["eval_index"]
@@ -310,28 +326,39 @@ def test_a_random_network_draws_a_fresh_key_in_every_step():
 # Image-specific patches
 
 
-def test_patch_pgd_reports_what_it_found(digits):
+def test_patch_pgd_beats_noise_and_restarts_only_help(digits, noise_run):
     images, labels, params = digits
-    images, labels = images[:32], labels[:32]
-    settings = attacks.PgdSettings(size_px=4, num_steps=8, exclude_center_px=4, num_restarts=2)
-    patch, info = patch_pgd.attack(jax.random.key(2), Partial(_conv_net, params), images, labels, settings)
-    pasted = jax.jit(patches.apply_patches)(images, patch.values, patch.masks, info["placements"])
-    np.testing.assert_array_equal(pasted, info["images"])
-    logits = _conv_net(params, pasted)
-    np.testing.assert_array_equal(info["success"], logits.argmax(-1) != labels)
-    # The same forward pass in another batch: float32 sums of 512 products.
-    np.testing.assert_allclose(losses.cross_entropy(logits, labels), info["loss"], rtol=1e-4, atol=1e-5)
-    clean_errors = (info["clean_predictions"] != np.asarray(labels)).mean()
-    assert info["success"].mean() > clean_errors + 0.3
-    one, single = patch_pgd.attack(
-        jax.random.fold_in(jax.random.key(2), 0),
-        Partial(_conv_net, params),
-        images,
-        labels,
-        dataclasses.replace(settings, num_restarts=1),
-    )
-    assert np.all(info["loss"] >= single["loss"]) and np.any(info["loss"] > single["loss"])
-    assert one.values.shape == (32, 4, 4, 1)
+    net, key = Partial(_conv_net, params), jax.random.key(2)
+    settings = attacks.get("patch_pgd").settings(size_px=5, num_steps=8, grid_stride_px=5, num_restarts=2)
+    _, info = patch_pgd.attack(key, net, images[:64], labels[:64], settings)
+    counts = metrics.success_counts(info["clean_predictions"], info["predictions"], labels[:64])["asr_correct"]
+    noise = noise_run[1]["success"]["asr_correct"]  # larger patches, 7 px
+    assert metrics.wilson(int(counts.num), int(counts.den)).low > max(_interval(noise, p).high for p in range(5))
+    alone = dataclasses.replace(settings, num_restarts=1)
+    _, single = patch_pgd.attack(jax.random.fold_in(key, 0), net, images[:64], labels[:64], alone)
+    # Rounding to the stored grid comes after the choice: it may cost the better of two 1e-2.
+    assert np.all(info["loss"] <= single["loss"] + 1e-2) and np.any(info["loss"] < single["loss"])
+
+
+def test_a_whole_image_patch_fools_every_image_and_reaches_every_target(digits):
+    images, labels, params = digits
+    for target in (-1, 3):
+        settings = attacks.get("patch_pgd").settings(size_px=16, num_steps=8, num_restarts=1, target=target)
+        _, info = patch_pgd.attack(jax.random.key(2), Partial(_conv_net, params), images[:64], labels[:64], settings)
+        assert info["success"].all()
+
+
+# Registry
+
+
+def test_every_attack_is_found_by_name_and_builds_settings():
+    for name, entry in attacks.ATTACKS.items():
+        is_universal = entry.kind == "universal"
+        settings = entry.settings(size_px=(3,) if is_universal else 3, **({"target": (1,)} if is_universal else {}))
+        assert settings.size_px == ((3,) if is_universal else 3)
+        assert attacks.get(name) is entry and entry.access in ("gradient", "query", "none")
+    with pytest.raises(ValueError, match=r"^attack: expected one of lavan, gap, .*crop, got 'drp'$"):
+        attacks.get("drp")
 
 
 # Refusals
@@ -345,16 +372,11 @@ def _attack(images=_IMAGES, labels=_LABELS, **fields):
     return universal.attack(jax.random.key(0), Partial(_linear, jnp.zeros((16, 2))), images, labels, settings)
 
 
-def _pgd(images=_IMAGES, labels=_LABELS, **fields):
-    settings = attacks.PgdSettings(**{"size_px": 2, **fields})
-    return patch_pgd.attack(jax.random.key(0), Partial(_linear, jnp.zeros((16, 2))), images, labels, settings)
-
-
 @pytest.mark.parametrize(
     "call, message",
     [
         (lambda: attacks.make_settings("drp", size_px=(2,), target=(1,)), "name: expected one of ('lavan', 'gap')"),
-        (lambda: attacks.PatchSettings(**_SMALL, loss="ce"), "loss: expected one of"),
+        (lambda: attacks.PatchSettings(**_SMALL, loss="hinge"), "loss: expected one of"),
         (lambda: attacks.PatchSettings(**_SMALL, optimizer="sgd"), "optimizer: expected one of"),
         (lambda: attacks.PatchSettings(**_SMALL, step_size=0.0), "step_size: expected a positive number"),
         (lambda: attacks.PatchSettings(**_SMALL, canvas_px=1), "size_px: expected sizes from 1 to canvas_px=1"),
@@ -370,13 +392,6 @@ def _pgd(images=_IMAGES, labels=_LABELS, **fields):
         (lambda: _attack(num_eval_images=6), "more than num_eval_images=6, got 6"),
         (lambda: _attack(size_px=(5,)), "size_px: expected patches that fit into 4 px"),
         (lambda: _attack(target=(2,)), "target: expected classes below the number of logits"),
-        (lambda: attacks.PgdSettings(size_px=0), "size_px: expected a positive number"),
-        (lambda: attacks.PgdSettings(size_px=2, location="corner"), "location: expected one of"),
-        (lambda: attacks.PgdSettings(size_px=2, exclude_center_px=-1), "exclude_center_px: expected 0 or more"),
-        (lambda: _pgd(exclude_center_px=4), "has no place"),
-        (lambda: _pgd(location="fixed"), "has no place"),
-        (lambda: _pgd(labels=_LABELS[:3]), "labels: expected int32 (6,)"),
-        (lambda: _pgd(images=_IMAGES.astype(np.float16)), "images: expected float32"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(call, message):

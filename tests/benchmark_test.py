@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from triqdef_jax import benchmark
@@ -74,17 +73,6 @@ def test_the_floor_charges_for_patched_images_and_for_their_differentiated_input
     assert benchmark.floor_passes(tiny(method)) == passes
 
 
-def test_a_piece_compiles_once_counts_its_calls_and_takes_static_arguments():
-    def power(base, exponent):
-        return base**exponent
-
-    piece = benchmark.Piece(jax.jit(power, static_argnums=1), static_argnums=(1,))
-    assert [float(piece(jnp.float32(x), 3)) for x in (2, 3)] == [8.0, 27.0]
-    report = piece.report(num_steps=1)
-    assert report["calls"] == 2 and report["compile_cpu_seconds"] > 0 and report["gflops"] > 0
-    assert report["argument_mib"] == report["output_mib"] == 4 / 2**20  # one float32
-
-
 def test_the_fused_plan_measures_one_program_per_step():
     jax.config.update("jax_disable_most_optimizations", True)
     config = benchmark.variants(tiny("qat"))["plain"]
@@ -103,6 +91,22 @@ def test_the_table_names_every_step_and_its_floor(figures):
     assert [line.split()[:2] for line in lines[2:5]] == [["per_bit", kind] for kind in benchmark.KINDS]
 
 
+def test_the_attack_is_compared_with_forward_and_backward_to_as_many_images():
+    jax.config.update("jax_disable_most_optimizations", True)
+    config = tiny("qat")
+    config.data.image_size_px, config.patches.batch_images, config.patches.sizes_px = 8, 2, (3,)
+    figures = json.loads(json.dumps(benchmark.measure_attacks(config, rounds=2)))
+    jax.config.update("jax_disable_most_optimizations", False)
+    assert (figures["num_patches"], figures["batch_images"], figures["attacked_bits"]) == (10, 2, 8)
+    assert figures["network_seconds"]["min"] > 0
+    step = figures["attack_step_seconds"]["median"]
+    assert figures["patch_steps_per_second"] == pytest.approx(10 / step)
+    assert figures["overhead"]["min"] <= step / figures["network_seconds"]["median"] <= figures["overhead"]["max"]
+    lines = benchmark.format_attacks(figures).splitlines()
+    assert lines[0].startswith("resnet8, 8 px, 8 bits; universal attack on 10 targets at once, 2 images each; ")
+    assert [line.split()[0] for line in lines[1:]] == ["attack", "network", "overhead", "patch"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -116,10 +120,15 @@ def test_nothing_to_measure_is_refused(arguments, message):
         benchmark.measure(tiny(), **arguments)
 
 
+def test_an_attack_without_rounds_is_refused():
+    with pytest.raises(ValueError, match="--rounds must be at least 1, got 0"):
+        benchmark.measure_attacks(tiny(), rounds=0)
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--what=attack", "--what must be one of step, got 'attack'"),
+        ("--what=attack", "--what must be one of step, attacks, got 'attack'"),
         ("--workdir=runs/x", "a benchmark has no --workdir"),
     ],
 )

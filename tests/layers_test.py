@@ -96,6 +96,25 @@ def test_an_observed_scale_follows_the_running_maximum_and_training_reports_the_
     assert not changed
 
 
+def test_the_estimator_of_the_options_reaches_activations_and_weights_and_changes_no_value():
+    spec, values = quantize.make_bit_spec(2), jnp.array([[0.2, 0.9, 40.0]])
+    act, conv = {"scales": {"scale": jnp.float32(0.3)}}, {"scales": {"weight_scale": jnp.full((1, 1, 1, 1), 0.3)}}
+    kernel, inputs = jnp.array([0.2, 40.0]).reshape(1, 1, 2, 1), Coded(jnp.ones((1, 1, 1, 2)), jnp.float32(1.0))
+    activate = lambda v, options: apply(QuantAct(options, "act"), act, v, spec, "eval")[0].values
+    convolve = lambda k, options: (
+        apply(QuantConv(options, 1, size=1), conv | {"params": {"kernel": k}}, inputs, spec, "eval")[0].values
+    )
+    for run, argument in ((activate, values), (convolve, kernel)):
+        for name in quantize.ESTIMATORS:
+            options = LayerOptions(estimator=name)
+            np.testing.assert_array_equal(run(argument, options), run(argument, LEARNED))
+            slope = jax.grad(lambda x, run=run, options=options: run(x, options).sum())(argument).ravel()
+            assert (slope[-1] == 0) == (name == "clipped" or name == "soft_round")  # exp(-100) is 0 in float32
+            assert slope[0] != 0
+    with pytest.raises(ValueError, match="estimator must be one of clipped, identity, soft_round"):
+        activate(values, LayerOptions(estimator="none"))
+
+
 @pytest.mark.parametrize("options", [LEARNED, OBSERVED], ids=["learned", "observed"])
 @pytest.mark.parametrize("is_edge, bits, upper, container", [(False, 4, 7, 16), (True, 4, 127, 1), (False, 2, 1, 64)])
 def test_a_convolution_returns_whole_accumulators_and_the_step_of_the_deployed_one(

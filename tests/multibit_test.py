@@ -104,6 +104,66 @@ def test_evaluation_reads_the_running_statistics_of_its_slot():
     assert np.abs(run(changed(1)) - run(stats)).max() > 1e-3
 
 
+@functools.cache
+def outputs_fn(estimator="clipped", layers=("stage1",)):
+    network, (weights, stats) = MultiBitNetwork(MODULE, BITS), initial()
+    variables = [network.slice(weights, stats, network.slot(bits)) for bits in (8, 2)]
+    specs = [network.spec(bits) for bits in (8, 2)]
+    return multibit.make_outputs_fn(network.with_estimator(estimator), variables, specs, layers=layers)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def outputs_and_gradient(outputs_fn, num_batches, images):
+    """Run the function, on one batch or on one for each bit-width, and differentiate its logits to the images."""
+    shown = jnp.stack([images] * num_batches) if num_batches else images
+    (_, outputs), gradient = jax.value_and_grad(
+        lambda x: (outputs_fn(x)[0][..., 0].sum(), outputs_fn(x)), has_aux=True
+    )(shown)
+    return outputs, gradient
+
+
+def test_one_function_gives_all_bit_widths_outputs_of_one_batch_or_of_a_batch_each():
+    network, (weights, stats) = MultiBitNetwork(MODULE, BITS), initial()
+    images = np.random.default_rng(2).random((4, 8, 8, 3), np.float32)
+    (logits, maps), gradient = outputs_and_gradient(outputs_fn(), 0, images)
+    (each_logits, _), gradients = outputs_and_gradient(outputs_fn(), 2, images)
+    assert logits.shape == (2, 4, 3) and maps["stage1"].shape == (2, 4, 8, 8, 2) and gradients.shape == (2, 4, 8, 8, 3)
+    forward = jax.jit(network.eval_forward)
+    for index, bits in enumerate((8, 2)):
+        expected, features = forward(weights, stats, network.slot(bits), network.spec(bits), images)
+        # Separate programs: float32 sums in another order, and rarely a code that flips by it.
+        np.testing.assert_allclose(logits[index], expected, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(maps["stage1"][index], features["stage1"], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(each_logits, logits, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(gradients.sum(axis=0), gradient, rtol=1e-2, atol=1e-3 * np.abs(gradient).max())
+    assert np.abs(gradients[0] - gradients[1]).max() > 1e-3  # each bit-width has a gradient of its own
+    again = multibit.make_outputs_fn(network.with_estimator("clipped"), [{}], [network.spec(8)], layers=("stage1",))
+    assert again.func is outputs_fn().func  # so that a jitted attack meets it again
+
+
+@pytest.mark.parametrize("name", ["identity", "soft_round"])
+def test_another_estimator_changes_gradients_and_no_value(name):
+    images = np.random.default_rng(2).random((4, 8, 8, 3), np.float32)
+    (logits, _), gradient = outputs_and_gradient(outputs_fn(), 0, images)
+    (other_logits, _), other = outputs_and_gradient(outputs_fn(name), 0, images)
+    np.testing.assert_array_equal(other_logits, logits)
+    assert np.isfinite(other).all() and np.abs(other).max() > 0
+    assert np.abs(other - gradient).max() > 1e-3 * np.abs(gradient).max()
+
+
+def test_outputs_of_bit_widths_refuse_what_does_not_fit_in_one_line():
+    network = MultiBitNetwork(MODULE, BITS)
+    with pytest.raises(ValueError, match="estimator must be one of clipped, identity, soft_round, got 'ste'"):
+        network.with_estimator("ste")
+    with pytest.raises(ValueError, match="variables: expected one entry per spec, got 1 for 2 specs"):
+        multibit.make_outputs_fn(network, [{}], [network.spec(8), network.spec(2)])
+    images = jax.ShapeDtypeStruct((3, 4, 8, 8, 3), jnp.float32)
+    with pytest.raises(ValueError, match=r"one batch for each of 2 bits, got \(3, 4, 8, 8, 3\)"):
+        jax.eval_shape(outputs_fn(), images)
+    with pytest.raises(ValueError, match="layers: expected some of stem, stage1, got 'stage9'"):
+        jax.eval_shape(outputs_fn(layers=("stage9",)), jax.ShapeDtypeStruct(images.shape[1:], jnp.float32))
+
+
 def test_pooled_moments_are_those_of_the_union_of_the_batches():
     rng = np.random.default_rng(1)
     batches = [rng.normal(mean, 2.0, (n, 3, 3, 2)) for mean, n in ((0.0, 8), (3.0, 4), (-1.0, 2))]

@@ -221,6 +221,64 @@ def test_fake_quant_refuses_forward_mode_and_scales_whose_sharing_is_unclear():
         fake_quant(jnp.ones((4, 5)), jnp.ones(5), -3.0, 3.0)
 
 
+@pytest.mark.parametrize("name", quantize.ESTIMATORS)
+def test_every_estimator_has_the_same_values_and_the_same_scale_gradient(name):
+    values = jnp.asarray(np.random.default_rng(8).normal(0, 3, (5, 40)), jnp.float32)
+    for is_float in (np.bool_(False), np.bool_(True)):
+        apply = lambda v, s, n, is_float=is_float: quantize.fake_quant_unless(is_float, v, s, Range(-7, 7), estimator=n)
+        np.testing.assert_array_equal(apply(values, 0.3, name), apply(values, 0.3, "clipped"))
+        pull = lambda n, apply=apply: gradients(lambda v, s: jnp.sum(jnp.sin(apply(v, s, n))), values, jnp.float32(0.3))
+        ours, default = pull(name), pull("clipped")
+        assert ours[1] == default[1]
+        assert np.array_equal(ours[0], default[0]) == (name == "clipped" or bool(is_float))
+
+
+def test_slopes_of_the_estimators_match_the_hand_inside_and_beyond_the_range():
+    # Codes 0..3 with scale 1/4: on a code, between two, at the edge of the last code's interval, one and two codes beyond it.
+    ratios = jnp.array([1.0, 1.25, 1.5, 3.5, 4.5, -2.5])
+    slope = lambda name: gradients(
+        lambda v: jnp.sum(
+            quantize.fake_quant_unless(np.bool_(False), v, 0.25, Range(np.float32(0), np.float32(3)), estimator=name)
+        ),
+        0.25 * ratios,
+    )[0]
+    np.testing.assert_array_equal(slope("identity"), np.ones(6))
+    np.testing.assert_array_equal(slope("clipped"), [1, 1, 1, 0, 0, 0])
+    largest = 2 / np.tanh(2)  # a / (2 tanh(a / 2)) at a = 4
+    wave = largest * (1 - np.tanh([2.0, 1.0, 0.0, 0.0, 0.0, 0.0]) ** 2)
+    np.testing.assert_allclose(slope("soft_round"), wave * np.exp([0, 0, 0, 0, -1, -2]), rtol=1e-5)  # float32 tanh
+    np.testing.assert_allclose(wave[[0, 2]], [0.15, 2.07], atol=5e-3)  # what the constant's comment says
+
+
+def test_soft_rounding_climbs_one_code_per_code():
+    ratios = jnp.linspace(
+        -2.0, 2.0, 4001
+    )  # whole intervals: the trapezoids of a periodic function are exact to rounding
+    loss = lambda v: jnp.sum(
+        quantize.fake_quant_unless(np.bool_(False), v, 1.0, Range(-7.0, 7.0), estimator="soft_round")
+    )
+    np.testing.assert_allclose(np.trapezoid(gradients(loss, ratios)[0], ratios), 4.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", quantize.ESTIMATORS)
+def test_a_second_derivative_takes_the_estimators_slope_for_a_constant(x64, name):
+    values = jnp.asarray(np.random.default_rng(9).normal(0, 2, (3, 4)))
+    apply = lambda v: quantize.fake_quant_unless(
+        np.bool_(False), v, jnp.float64(0.5), Range(jnp.float64(-3), jnp.float64(3)), estimator=name
+    )
+    slope = gradients(lambda v: jnp.sum(apply(v)), values)[0]
+    total = lambda v: jnp.sum(jnp.sin(apply(v)))
+    second = gradients(lambda v: jnp.sum(jnp.cos(jax.grad(total)(v))), values)[0]
+    codes = apply(values)
+    expected = np.sin(np.cos(codes) * slope) * np.sin(codes) * slope**2  # chain rule by hand
+    np.testing.assert_allclose(second, expected, rtol=1e-12, atol=1e-14)  # float64
+
+
+def test_an_unknown_estimator_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="estimator must be one of clipped, identity, soft_round, got 'sine'"):
+        quantize.fake_quant_unless(np.bool_(False), jnp.ones(2), 0.5, Range(-3, 3), estimator="sine")
+
+
 def test_round_to_grid_is_exact_and_straight_through_to_values_alone():
     values, grid = jnp.array([0.374, 0.376, -0.375, 0.625]), jnp.float32(0.25)
     np.testing.assert_array_equal(quantize.round_to_grid(values, grid), [0.25, 0.5, -0.5, 0.5])

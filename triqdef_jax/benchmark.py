@@ -1,18 +1,15 @@
-"""Measure what a training step costs: `python -m triqdef_jax.benchmark --config=FILE[:variant] [--out=FILE]`.
+"""Measure what steps cost: `python -m triqdef_jax.benchmark --config=FILE[:variant] [--what=step|attacks] [--out=FILE]`.
 
-Three steps, in one interleaved run: `method`, the config's own; `clean`, quantization-aware training of the same
-bit-widths on clean images; `plain`, the same on 4 bits alone. Random images and patches stand for the data set. Every
-round takes one step of each, so that a busy machine disturbs all alike; quote ratios from one pinned core
-(`taskset -c 0`). Prints a table and writes all figures as JSON. Nothing is trained.
+`--what=attacks`: patch steps per second of the universal attack, ten targets in one program, against forward and
+backward passes of the same network to as many images. `--what=step`: three training steps in one interleaved run,
+`method`, the config's own; `clean`, quantization-aware training of the same bit-widths on clean images; `plain`, the
+same on 4 bits alone. Random images and patches stand for the data set. Every round takes one step of each, so that a
+busy machine disturbs all alike; quote ratios from one pinned core (`taskset -c 0`). Prints a table and writes all
+figures as JSON. Nothing is trained.
 """
 
-import dataclasses
 import functools
-import os
 import statistics
-import time
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,75 +17,21 @@ from absl import flags
 
 from triqdef_jax import config as config_lib
 from triqdef_jax import entry, files, loop, patches, sharding, train_step
+from triqdef_jax.attacks import make_settings, universal
+from triqdef_jax.attacks.losses import cross_entropy
 from triqdef_jax.objectives.methods import Pool
 from triqdef_jax.objectives.penalties import INPUT_GRADIENT
+from triqdef_jax.timing import Cost, Piece, machine, number_text, scaled, spread, spread_text
 
-SUBJECTS = ("step",)
+SUBJECTS = ("step", "attacks")
 PLANS = ("per_bit", "fused")
 KINDS = ("method", "clean", "plain")
 PLAIN_BITS = 4  # The step that all others are compared with quantizes to this bit-width alone.
 NUM_WARMUP_STEPS = 2  # The first compiles, the second still meets cold memory.
 STEPS_PER_RUN = 1000  # Length of the run that the schedules are made for; no figure depends on it.
+NUM_PATCHES = 10  # of the measured attack, one per target class
+NUM_ATTACK_STEPS = 16  # timed at once, so that dispatching from the host overlaps with computing as it does in use
 SPREAD, SCALE = np.float32(0.1), np.float32(0.05)  # Of the random weights and of all quantizers: every code occurs.
-MIB = 2**20
-
-
-@dataclasses.dataclass
-class Cost:
-    """Seconds on the clock, and of processor time summed over all threads."""
-
-    wall: float = 0.0
-    cpu: float = 0.0
-
-    def add(self, function: Callable, *args) -> Any:
-        """Call the function, add what it took, and return its result once the device has finished it."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        result = jax.block_until_ready(function(*args))
-        self.wall += time.perf_counter() - wall
-        self.cpu += time.process_time() - cpu
-        return result
-
-
-class Piece:
-    """A jitted function, compiled when first called, that remembers what this took and what the program needs.
-
-    Args:
-      jitted: as `jax.jit` returns it; called with arguments of one set of shapes only.
-      static_argnums: places of its static arguments.
-    """
-
-    def __init__(self, jitted: Callable, *, static_argnums: tuple[int, ...] = ()):
-        self._jitted, self._static = jitted, static_argnums
-        self.compiled = None
-        self.calls = 0
-        self.costs = {"trace": Cost(), "lower": Cost(), "compile": Cost()}
-
-    def __call__(self, *args):
-        if self.compiled is None:
-            jax.block_until_ready(args)  # else earlier programs, still running, would count as compilation
-            traced = self.costs["trace"].add(lambda: self._jitted.trace(*args))
-            lowered = self.costs["lower"].add(traced.lower)
-            self.compiled = self.costs["compile"].add(lowered.compile)
-        self.calls += 1
-        return self.compiled(*(arg for place, arg in enumerate(args) if place not in self._static))
-
-    @property
-    def flops(self) -> float | None:
-        """Floating-point operations of one call as the compiler counts them; None where it does not."""
-        analysis = self.compiled.cost_analysis()
-        analysis = analysis[0] if isinstance(analysis, list) and analysis else analysis
-        return analysis.get("flops") if analysis else None
-
-    def mib(self, part: str) -> float | None:
-        """MiB of 'argument', 'output', 'temp' or 'alias' of one call; None where the compiler does not say."""
-        analysis = self.compiled.memory_analysis()
-        return None if analysis is None else getattr(analysis, f"{part}_size_in_bytes") / MIB
-
-    def report(self, num_steps: int) -> dict:
-        """Return calls per step, and GFLOPs, CPU seconds of the stages of compilation and MiB of one call."""
-        costs = {f"{name}_cpu_seconds": cost.cpu for name, cost in self.costs.items()}
-        memory = {f"{part}_mib": self.mib(part) for part in ("argument", "output", "temp")}
-        return {"calls": self.calls / num_steps, "gflops": _scaled(self.flops, 1e-9), **costs, **memory}
 
 
 class Stepper:
@@ -224,8 +167,7 @@ def measure(config, *, plans: tuple[str, ...] = PLANS, rounds: int = 5) -> dict:
     unknown = [plan for plan in plans if plan not in PLANS]
     if unknown or not plans:
         raise ValueError(f"--plans must name some of {', '.join(PLANS)}, got {','.join(plans) or 'none'}")
-    if rounds < 1:
-        raise ValueError(f"--rounds must be at least 1, got {rounds}")
+    _check_rounds(rounds)
     steppers = {(plan, kind): Stepper(variant, plan) for plan in plans for kind, variant in variants(config).items()}
     for stepper in steppers.values():
         for _ in range(NUM_WARMUP_STEPS):
@@ -237,10 +179,13 @@ def measure(config, *, plans: tuple[str, ...] = PLANS, rounds: int = 5) -> dict:
     return {**describe(config), "rounds": rounds, "plans": figures}
 
 
+def _check_rounds(rounds):
+    if rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {rounds}")
+
+
 def describe(config) -> dict:
     """Return what was measured and on what: network, data shape, batch, bit-widths, device, cores, versions."""
-    device = jax.devices()[0]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "method": config.loss.method,
         "model": config.model.name,
@@ -249,11 +194,7 @@ def describe(config) -> dict:
         "patched_frac": config.loss.patched_frac,
         "bits": list(config.quant.bits),
         "plain_bits": PLAIN_BITS,
-        "backend": device.platform,
-        "device": device.device_kind,
-        "num_devices": jax.device_count(),
-        "cores": cores,
-        "jax": jax.__version__,
+        **machine(),
     }
 
 
@@ -261,7 +202,7 @@ def summarize(stepper: Stepper, plain: Stepper) -> dict:
     """Return one kind's figures: seconds, ratios to the plain step of the same round, compilation, FLOPs, memory."""
     pairs = list(zip(stepper.seconds, plain.seconds, strict=True))
     wall_seconds = [mine.wall for mine, _ in pairs]
-    gflops, plain_gflops = (_total(s, lambda piece: _scaled(piece.flops, 1e-9)) for s in (stepper, plain))
+    gflops, plain_gflops = (_total(s, lambda piece: scaled(piece.flops, 1e-9)) for s in (stepper, plain))
     return {
         "bits": list(stepper.bits),
         "wall_seconds": spread(wall_seconds),
@@ -280,17 +221,8 @@ def summarize(stepper: Stepper, plain: Stepper) -> dict:
     }
 
 
-def spread(values: list[float]) -> dict:
-    """Return median, smallest and largest of the values."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def _used(stepper):
     return {name: piece for name, piece in stepper.pieces.items() if piece.calls}
-
-
-def _scaled(value, factor):
-    return None if value is None else value * factor
 
 
 def _total(stepper, value_of):
@@ -307,7 +239,7 @@ def _residual_mib(stepper):
     """MiB that the per-bit plan keeps from its forwards to its backwards, all bit-widths; None under the fused plan."""
     if stepper.plan == "fused":
         return None
-    return _scaled(stepper.pieces["forward"].mib("output"), len(stepper.bits))
+    return scaled(stepper.pieces["forward"].mib("output"), len(stepper.bits))
 
 
 def _peak_mib(stepper):
@@ -323,6 +255,93 @@ def _peak_mib(stepper):
     return kept + max(pieces["forward"].mib("temp"), *others)
 
 
+def measure_attacks(config, *, rounds: int = 5) -> dict:
+    """Time the universal attack's own steps against the network alone, interleaved, and return all figures.
+
+    A run of 2 n steps minus one of n steps leaves n steps as the host drives them, without start, looks and report.
+
+    Args:
+      config: validated config; its first bit-width is attacked, with its patch size and images per patch and step.
+      rounds: timed pairs.
+
+    Returns:
+      The run's description; `attack_step_seconds`; `network_seconds`, of one forward and backward to the same number of
+      images; `overhead`, their ratio in each round; `patch_steps_per_second`.
+
+    Raises:
+      ValueError: no round.
+    """
+    _check_rounds(rounds)
+    run = loop.make_run(config, "", STEPS_PER_RUN * config.train.batch_size, num_devices=1)
+    network, bits = run.network, config.quant.bits[0]
+    state = jax.device_put(random_state(run))
+    logits_fn = loop.bit_logits(network, state.weights, state.stats, bits, network.spec(bits))
+    number = NUM_PATCHES * config.patches.batch_images
+    images, labels = (np.resize(x, (number, *x.shape[1:])) for x in random_batch(config, None))
+    images, labels = loop.unit_range(images), jax.device_put(labels)
+    timed = {
+        "short": lambda: _attack(config, logits_fn, images, labels, NUM_ATTACK_STEPS),
+        "network": lambda: [_input_gradient(logits_fn, images, labels) for _ in range(NUM_ATTACK_STEPS)],
+        "long": lambda: _attack(config, logits_fn, images, labels, 2 * NUM_ATTACK_STEPS),
+    }
+    for run_once in timed.values():
+        jax.block_until_ready(run_once())
+    costs = {name: [] for name in timed}
+    for _ in range(rounds):
+        for name, run_once in timed.items():
+            costs[name].append(Cost())
+            costs[name][-1].add(run_once)
+    alone = [cost.wall / NUM_ATTACK_STEPS for cost in costs["network"]]
+    attack = [(b.wall - a.wall) / NUM_ATTACK_STEPS for a, b in zip(costs["short"], costs["long"], strict=True)]
+    return {
+        **describe(config),
+        "rounds": rounds,
+        "attacked_bits": bits,
+        "num_patches": NUM_PATCHES,
+        "batch_images": config.patches.batch_images,
+        "attack_step_seconds": spread(attack),
+        "network_seconds": spread(alone),
+        "overhead": spread([a / b for a, b in zip(attack, alone, strict=True)]),
+        "patch_steps_per_second": NUM_PATCHES / statistics.median(attack),
+    }
+
+
+def _attack(config, logits_fn, images, labels, num_steps):
+    """Run the Google patch for all targets; held-out images as many as a patch sees per step."""
+    settings = make_settings(
+        "gap",
+        size_px=(config.patches.sizes_px[0],) * NUM_PATCHES,
+        target=tuple(i % config_lib.num_classes(config) for i in range(NUM_PATCHES)),
+        num_steps=num_steps,
+        eval_every_steps=num_steps,
+        batch_images=config.patches.batch_images,
+        num_eval_images=config.patches.batch_images,
+        rotation_deg=config.patches.rotation_deg,
+    )
+    return universal.attack(jax.random.key(config.seed), logits_fn, images, labels, settings)[0].values
+
+
+@jax.jit
+def _input_gradient(logits_fn, images, labels):
+    return jax.grad(lambda x: cross_entropy(logits_fn(x), labels).sum())(images)
+
+
+def format_attacks(figures: dict) -> str:
+    """Return the attack's figures as lines of text, median (smallest..largest)."""
+    step, alone, overhead = (spread_text(figures[k]) for k in ("attack_step_seconds", "network_seconds", "overhead"))
+    return "\n".join(
+        [
+            f"{figures['model']}, {figures['image_size_px']} px, {figures['attacked_bits']} bits; universal attack on "
+            f"{figures['num_patches']} targets at once, {figures['batch_images']} images each; {figures['device']}, "
+            f"{figures['cores']} cores, jax {figures['jax']}; {figures['rounds']} interleaved rounds",
+            f"attack step s      {step}",
+            f"network alone s    {alone}   forward and backward to the same number of images",
+            f"overhead           {overhead}",
+            f"patch steps per s  {figures['patch_steps_per_second']:.2f}",
+        ]
+    )
+
+
 def format_table(figures: dict) -> str:
     """Return the figures as lines of text, seconds and ratios as median (smallest..largest)."""
     bits = "/".join(map(str, figures["bits"]))
@@ -335,23 +354,15 @@ def format_table(figures: dict) -> str:
     ]
     for plan, kinds in figures["plans"].items():
         for kind, row in kinds.items():
-            times = "".join(f"{_spread_text(row[name]):>22}" for name in ("wall_seconds", "cpu_seconds", "cpu_ratio"))
+            times = "".join(f"{spread_text(row[name]):>22}" for name in ("wall_seconds", "cpu_seconds", "cpu_ratio"))
             tracing = row["trace_cpu_seconds"] + row["lower_cpu_seconds"]
             lines.append(
-                f"{plan:8}{kind:8}{times}{row['floor_ratio']:7.1f}{_number(row['flops_ratio'], 9, 1)}"
+                f"{plan:8}{kind:8}{times}{row['floor_ratio']:7.1f}{number_text(row['flops_ratio'], 9, 1)}"
                 f"{row['images_per_second']:10.1f}{tracing:7.1f}{row['compile_cpu_seconds']:9.1f}"
-                f"{_number(row['peak_mib'], 10, 0)}"
+                f"{number_text(row['peak_mib'], 10, 0)}"
             )
     lines.append("trace (with lowering) and compile in CPU seconds; compare ratios on one pinned core only")
     return "\n".join(lines)
-
-
-def _spread_text(values):
-    return f"{values['median']:.3f} ({values['min']:.3f}..{values['max']:.3f})"
-
-
-def _number(value, width, digits):
-    return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
 
 
 def main(argv):
@@ -367,8 +378,12 @@ def main(argv):
 
     jax.config.update("jax_enable_compilation_cache", False)  # what another run compiled must not count as free
     with entry.user_errors():
-        figures = measure(_CONFIG.value, plans=tuple(_PLANS.value), rounds=_ROUNDS.value)
-    print(format_table(figures))
+        if _WHAT.value == "attacks":
+            figures, format_figures = measure_attacks(_CONFIG.value, rounds=_ROUNDS.value), format_attacks
+        else:
+            figures = measure(_CONFIG.value, plans=tuple(_PLANS.value), rounds=_ROUNDS.value)
+            format_figures = format_table
+    print(format_figures(figures))
     if _OUT.value:
         with entry.user_errors():
             files.atomic_write_json(_OUT.value, figures)
@@ -381,5 +396,5 @@ if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", None, "JSON file for the figures; by default they are printed only.")
     _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed steps of each kind.")
     _PLANS = flags.DEFINE_list("plans", "per_bit,fused", "Compilation plans to measure: per_bit, fused.")
-    _WHAT = flags.DEFINE_string("what", "step", "What to measure: step.")
+    _WHAT = flags.DEFINE_string("what", "step", "What to measure: step or attacks.")
     entry.run_program(main)

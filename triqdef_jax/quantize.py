@@ -4,6 +4,7 @@ Zero points are 0. A code is an integer held in float32; a value is code * scale
 tensor, one per output channel (kept dimensions) for a weight tensor. Where scales come from is the layers' business, not this file's.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ INPUT_SCALE = 1 / 64  # The network input (255 x - 128) / 64 has the raw pixel m
 FLOAT_BITS = 32
 MIN_BITS, MAX_BITS = 2, 8
 CONTAINER_BITS = 8  # Low-bit weight codes are stored shifted up to this width when deployed (see `container_factor`).
+SOFT_ROUND_SHARPNESS = 4.0  # alpha of 'soft_round': slopes from 0.15 on a code to 2.07 half-way between two.
 
 
 def signed_bound(bits: int) -> int:
@@ -175,20 +177,45 @@ def fake_quant(values: jax.Array, scale: jax.Array, lower: jax.Array, upper: jax
       Esser et al., Learned Step Size Quantization, ICLR 2020, eq. 1-3. Deviation: the mask is decided on the rounded code, because
       |v| <= upper * s loses the gradient of channel maxima to float rounding.
     """
-    return _fake_quant_unless(np.bool_(False), values, scale, lower, upper)
+    return _fake_quant_unless("clipped", np.bool_(False), values, scale, lower, upper)
 
 
-def fake_quant_unless(is_float: jax.Array, values: jax.Array, scale: jax.Array, code_range: Range) -> jax.Array:
+def fake_quant_unless(
+    is_float: jax.Array, values: jax.Array, scale: jax.Array, code_range: Range, *, estimator: str = "clipped"
+) -> jax.Array:
     """Return `fake_quant` of the values, or the values themselves where `is_float` (a scalar bool, may be traced).
 
-    Gradient: that of `fake_quant`, or the identity to values and 0 to scale where `is_float`.
+    The estimator, a static key of `ESTIMATORS`, chooses what stands for the derivative of rounding and changes no value:
+
+    * ``'clipped'``: 1 where the rounded code lies inside the range, 0 outside; what networks are trained with.
+    * ``'identity'``: 1 everywhere, so that values far outside the range keep their gradient.
+    * ``'soft_round'``: the derivative of ``soft(r) = floor(r) + 1/2 + tanh(a m) / (2 tanh(a/2))`` with m the distance of
+      ``r = values / scale`` from the middle between two codes and a = `SOFT_ROUND_SHARPNESS`; its mean between two codes is 1. Beyond
+      the last code's own interval it fades by exp(-distance in codes).
+
+    Raises:
+      ValueError: for an unknown estimator or a scale that `fake_quant` refuses.
+
+    Gradient: to values the cotangent times the estimator's derivative, or the cotangent alone where `is_float`. To scale that of
+      `fake_quant` under every estimator, 0 where `is_float`. The derivative counts as a constant when it is differentiated again.
+
+    Reference: 'clipped' Esser et al. 2020; 'identity' Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons, 2013;
+      'soft_round' Agustsson and Theis, Universally Quantized Neural Compression, NeurIPS 2020, whose alpha is annealed and who have no
+      range. Decided here: alpha, and the fading, without which a saturated activation would be out of reach as it is under 'clipped'.
     """
-    return _fake_quant_unless(is_float, values, scale, *code_range)
+    check_estimator(estimator)
+    return _fake_quant_unless(estimator, is_float, values, scale, *code_range)
+
+
+def check_estimator(name: str) -> None:
+    """Raise ValueError unless `name` is a key of `ESTIMATORS`."""
+    if name not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {name!r}")
 
 
 # The choice lies inside the rule: a select around it would double the selects of every derivative.
-@jax.custom_vjp
-def _fake_quant_unless(is_float, values, scale, lower, upper):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fake_quant_unless(estimator, is_float, values, scale, lower, upper):
     if jnp.ndim(scale) not in (0, jnp.ndim(values)):
         raise ValueError(
             f"scale must be a scalar or have the rank of values with size 1 where it is shared, got scale {jnp.shape(scale)} "
@@ -198,12 +225,12 @@ def _fake_quant_unless(is_float, values, scale, lower, upper):
     return jnp.where(is_float, values, jnp.clip(jnp.round(values / used), lower, upper) * used)
 
 
-def _fake_quant_unless_fwd(is_float, values, scale, lower, upper):
+def _fake_quant_unless_fwd(estimator, is_float, values, scale, lower, upper):
     # Calls the function itself: an inlined round would cut the straight-through path of the second derivative.
-    return _fake_quant_unless(is_float, values, scale, lower, upper), (is_float, values, scale, lower, upper)
+    return _fake_quant_unless(estimator, is_float, values, scale, lower, upper), (is_float, values, scale, lower, upper)
 
 
-def _fake_quant_unless_bwd(residuals, cotangent):
+def _fake_quant_unless_bwd(estimator, residuals, cotangent):
     is_float, values, scale, lower, upper = jax.lax.stop_gradient(residuals)
     ratio = values / jnp.maximum(scale, MIN_SCALE)
     code = jnp.round(ratio)
@@ -212,7 +239,7 @@ def _fake_quant_unless_bwd(residuals, cotangent):
     scale_cotangent = _sum_to(cotangent * slope, scale) * jax.lax.rsqrt(_num_per_scale(values, scale) * upper)
     return (
         None,
-        jnp.where(inside | is_float, cotangent, 0.0),
+        ESTIMATORS[estimator](cotangent, is_float, inside, ratio, lower, upper),
         jnp.where(is_float, 0.0, scale_cotangent),
         None,
         None,
@@ -220,6 +247,28 @@ def _fake_quant_unless_bwd(residuals, cotangent):
 
 
 _fake_quant_unless.defvjp(_fake_quant_unless_fwd, _fake_quant_unless_bwd)
+
+
+def _pass_inside(cotangent, is_float, inside, ratio, lower, upper):
+    del ratio, lower, upper
+    return jnp.where(inside | is_float, cotangent, 0.0)
+
+
+def _pass_everywhere(cotangent, is_float, inside, ratio, lower, upper):
+    del is_float, inside, ratio, lower, upper
+    return cotangent
+
+
+def _pass_softly(cotangent, is_float, inside, ratio, lower, upper):
+    del inside
+    sharpness = SOFT_ROUND_SHARPNESS
+    wave = jnp.tanh(sharpness * (ratio - jnp.floor(ratio) - 0.5))
+    slope = (1 - wave * wave) * (sharpness / 2 / np.tanh(sharpness / 2))
+    beyond = jnp.maximum(jnp.maximum(lower - 0.5 - ratio, ratio - upper - 0.5), 0.0)
+    return jnp.where(is_float, cotangent, cotangent * slope * jnp.exp(-beyond))
+
+
+ESTIMATORS = {"clipped": _pass_inside, "identity": _pass_everywhere, "soft_round": _pass_softly}
 
 
 def _sum_to(array, scale):

@@ -7,7 +7,7 @@ Optimisers turn a gradient into a descent direction and carry two moments of the
 import jax
 from jax import numpy as jnp
 
-MOMENTUM = 0.9  # both optimisers; MI-FGSM (Dong et al., 2018) uses 1.0, which never forgets over 500 steps
+MOMENTUM = 0.9  # sign_momentum and adam; MI-FGSM (Dong et al., 2018) uses 1.0, which never forgets over 500 steps
 ADAM_SQUARE_DECAY = 0.999  # Kingma and Ba, 2015
 ADAM_EPSILON = 1e-8  # Kingma and Ba, 2015
 TINY = 1e-30  # floor of a mean absolute gradient: a zero gradient stays zero instead of 0 / 0
@@ -47,6 +47,13 @@ def untargeted(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> jax.
     return -cross_entropy(logits, labels)
 
 
+def label_or_target(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> jax.Array:
+    """Return CE(target) where a target is given, and -CE(label) elsewhere."""
+    is_targeted = targets >= 0
+    value = cross_entropy(logits, jnp.where(is_targeted, targets, labels))
+    return jnp.where(is_targeted, value, -value)
+
+
 def margin(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> jax.Array:
     """Return the lead that is to be lost: z_label - max other, or max other - z_target where a target is given.
 
@@ -62,7 +69,19 @@ def margin(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> jax.Arra
     return jnp.where(is_targeted, others - at_goal, at_goal - others)
 
 
-LOSSES = {"ce_target": ce_target, "lavan": lavan, "untargeted": untargeted, "margin": margin}
+LOSSES = {
+    "ce_target": ce_target,
+    "lavan": lavan,
+    "untargeted": untargeted,
+    "cross_entropy": label_or_target,
+    "margin": margin,
+}
+
+
+def sign(gradient: jax.Array, moments: tuple, step: jax.Array) -> tuple[jax.Array, tuple]:
+    """Return the sign of the gradient; `moments`, which may be empty, come back as they are."""
+    del step
+    return jnp.sign(gradient), moments
 
 
 def sign_momentum(gradient: jax.Array, moments: tuple, step: jax.Array) -> tuple[jax.Array, tuple]:
@@ -92,4 +111,4 @@ def adam(gradient: jax.Array, moments: tuple, step: jax.Array) -> tuple[jax.Arra
     return mean / (jnp.sqrt(square) + ADAM_EPSILON), (first, second)
 
 
-OPTIMIZERS = {"sign_momentum": sign_momentum, "adam": adam}
+OPTIMIZERS = {"sign": sign, "sign_momentum": sign_momentum, "adam": adam}

@@ -1,13 +1,20 @@
-"""What an attack is told and what it hands back: frozen settings, their published presets, the `Patch` record."""
+"""What an attack is told and what it hands back: frozen settings, their published presets, the `Patch` record.
 
+`PatchSettings` are of universal patches, `PgdSettings` of patches made for one image each. What arrays an attack takes
+is checked here too, for all of them alike.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
+from jax import numpy as jnp
 
 from triqdef_jax.attacks.losses import LOSSES, OPTIMIZERS
 from triqdef_jax.patches import LOCATIONS, SHAPES
 
+PGD_LOCATIONS = ("random", "fixed", "grid", "full")
 NUM_EVAL_IMAGES = 128  # Images that judge iterates and finished patches, kept apart from those they are optimised on.
 
 
@@ -35,8 +42,8 @@ class PatchSettings:
       size_px: side of each patch in pixels.
       target: class of each patch, -1 for untargeted.
       canvas_px: side S of the common canvas, None for the largest size.
-      loss: 'ce_target', 'lavan', 'untargeted' or 'margin' (`LOSSES`), minimised.
-      optimizer: 'sign_momentum' or 'adam' (`OPTIMIZERS`).
+      loss: 'ce_target', 'lavan', 'untargeted', 'cross_entropy' or 'margin' (`LOSSES`), minimised.
+      optimizer: 'sign', 'sign_momentum' or 'adam' (`OPTIMIZERS`).
       num_steps: optimiser steps.
       step_size: pixel value per step, in units of the range [0, 1].
       batch_images: images per patch and step; one forward holds patches x restarts x this many.
@@ -70,10 +77,10 @@ class PatchSettings:
     random_logits: bool = False
 
     def __post_init__(self):
-        _check_choice("loss", self.loss, LOSSES)
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        _check_choice("location", self.location, LOCATIONS)
-        _check_choice("shape", self.shape, SHAPES)
+        check_choice("loss", self.loss, LOSSES)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("location", self.location, LOCATIONS)
+        check_choice("shape", self.shape, SHAPES)
         for name in ("num_steps", "batch_images", "num_eval_images", "eval_every_steps", "num_restarts"):
             check_positive(name, getattr(self, name))
         check_positive("step_size", self.step_size)
@@ -86,22 +93,64 @@ class PatchSettings:
                 "rotation_deg, scale_range: expected an angle >= 0 and 0 < low <= high, "
                 f"got {self.rotation_deg} and {self.scale_range}"
             )
-        self._check_targets()
+        check_goal(self.loss, self.target)
 
     @property
     def canvas(self) -> int:
         """Side S of the canvas in pixels."""
         return max(self.size_px, default=0) if self.canvas_px is None else self.canvas_px
 
-    def _check_targets(self):
-        goals = {"ce_target": "targeted", "lavan": "targeted", "untargeted": "untargeted", "margin": "either"}
-        goal = goals[self.loss]
-        if min(self.target) < -1:
-            raise ValueError(f"target: expected classes >= 0 or -1 for untargeted, got {self.target}")
-        if goal == "targeted" and min(self.target) < 0:
-            raise ValueError(f"target: loss {self.loss!r} needs a class >= 0 for every patch, got {self.target}")
-        if goal == "untargeted" and max(self.target) >= 0:
-            raise ValueError(f"target: loss {self.loss!r} needs -1 for every patch, got {self.target}")
+
+@dataclass(frozen=True, kw_only=True)
+class PgdSettings:
+    """Settings of patches made for one image each; the defaults are those Rao et al. (2020) train with.
+
+    Attributes:
+      size_px: side of the square patch in pixels; the side of the image makes it a whole-image attack.
+      target: class aimed at in every image, -1 for untargeted.
+      loss: 'ce_target', 'lavan', 'untargeted', 'cross_entropy' or 'margin' (`LOSSES`), minimised.
+      optimizer: 'sign', 'sign_momentum' or 'adam' (`OPTIMIZERS`).
+      num_steps: gradient steps.
+      step_size: pixel value of the first step, in units of the range [0, 1].
+      final_step_frac: the last step over the first; the size falls linearly between them. 1 keeps it constant.
+      location: 'random' (drawn per image and restart); 'fixed' (at `corner_px`); 'grid' (every place of a grid is tried
+        on every image, restart r attacks the r-th best); 'full' (starts at random, then moves to the best of its four
+        neighbours where that is better).
+      corner_px: upper left corner (row, col) of a fixed patch.
+      exclude_center_px: side of the central box that patches do not overlap, 0 for none; no bar to a fixed patch. Rao
+        et al. take 10 of 32 px.
+      grid_stride_px: distance of neighbouring places of 'grid' and 'full' in pixels.
+      move_every_steps: steps between two moves of 'full', each of which costs five forward passes.
+      num_restarts: independent starts and places per image; the one with the lowest loss is kept.
+      random_logits: whether the network is called as ``logits_fn(key, images)`` with a fresh key in each step.
+    """
+
+    size_px: int
+    target: int = -1
+    loss: str = "untargeted"
+    optimizer: str = "sign"
+    num_steps: int = 25
+    step_size: float = 0.1
+    final_step_frac: float = 1.0
+    location: str = "random"
+    corner_px: tuple[int, int] = (3, 3)
+    exclude_center_px: int = 0
+    grid_stride_px: int = 2
+    move_every_steps: int = 1
+    num_restarts: int = 1
+    random_logits: bool = False
+
+    def __post_init__(self):
+        check_choice("loss", self.loss, LOSSES)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("location", self.location, PGD_LOCATIONS)
+        for name in ("size_px", "num_steps", "step_size", "grid_stride_px", "move_every_steps", "num_restarts"):
+            check_positive(name, getattr(self, name))
+        if not 0.0 <= self.final_step_frac <= 1.0:
+            raise ValueError(f"final_step_frac: expected a share in [0, 1], got {self.final_step_frac}")
+        if self.exclude_center_px < 0:
+            raise ValueError(f"exclude_center_px: expected 0 or more, got {self.exclude_center_px}")
+        check_goal(self.loss, (self.target,))
 
 
 PRESETS = {
@@ -123,6 +172,24 @@ PRESETS = {
 }
 
 
+PGD_PRESETS = {
+    # The strongest here; `patch_pgd.attack` says why. One forward pass for every place of the grid comes on top.
+    "strong": dict(
+        loss="cross_entropy",
+        optimizer="sign_momentum",
+        num_steps=100,
+        step_size=0.1,
+        final_step_frac=0.1,
+        location="grid",
+        num_restarts=5,
+    ),
+    # Rao et al., 2020, as they evaluate: 100 steps of 0.05, 30 attempts. Take location='full' for AT-FullLO.
+    "rao": dict(loss="untargeted", num_steps=100, step_size=0.05, num_restarts=30),
+    # Karmon et al., LaVAN, 2018, for one image: CE(target) - CE(label) at one place; steps as for universal patches.
+    "lavan": dict(loss="lavan", optimizer="sign_momentum", num_steps=500, step_size=0.05),
+}
+
+
 def make_settings(name: str, **fields) -> PatchSettings:
     """Build the settings of a published attack.
 
@@ -139,8 +206,25 @@ def make_settings(name: str, **fields) -> PatchSettings:
     Reference: Karmon et al., 2018, and Brown et al., 2017, as noted beside `PRESETS`. Which options TriQDef (2026) used
     is not published; both presets draw squares, since its patches are given as 6x6.
     """
-    _check_choice("name", name, PRESETS)
+    check_choice("name", name, PRESETS)
     return PatchSettings(**{**PRESETS[name], **fields})
+
+
+def make_pgd_settings(name: str, **fields) -> PgdSettings:
+    """Build the settings of a patch attack on single images.
+
+    Args:
+      name: 'strong', 'rao' or 'lavan', a key of `PGD_PRESETS`.
+      **fields: `size_px` and whatever is to differ from the preset; 'lavan' needs a `target`.
+
+    Returns:
+      `PgdSettings`.
+
+    Raises:
+      ValueError: for an unknown name or an invalid field value.
+    """
+    check_choice("name", name, PGD_PRESETS)
+    return PgdSettings(**{**PGD_PRESETS[name], **fields})
 
 
 def check_positive(name: str, value: float) -> None:
@@ -149,6 +233,41 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
-def _check_choice(name, value, known):
+def check_choice(name: str, value: str, known) -> None:
+    """Raise ValueError unless `value` is one of the known ones."""
     if value not in known:
         raise ValueError(f"{name}: expected one of {tuple(known)}, got {value!r}")
+
+
+def check_goal(loss: str, target: tuple[int, ...]) -> None:
+    """Raise ValueError unless all targets are classes (-1: untargeted) and what the loss is made for."""
+    goal = {"ce_target": "targeted", "lavan": "targeted", "untargeted": "untargeted"}.get(loss, "either")
+    if min(target) < -1:
+        raise ValueError(f"target: expected classes >= 0 or -1 for untargeted, got {target}")
+    if goal == "targeted" and min(target) < 0:
+        raise ValueError(f"target: loss {loss!r} needs a class >= 0 for every patch, got {target}")
+    if goal == "untargeted" and max(target) >= 0:
+        raise ValueError(
+            f"target: loss {loss!r} needs -1 for every patch, got {target}; take 'cross_entropy' or 'margin'"
+        )
+
+
+def check_arrays(images: jax.Array, labels: jax.Array) -> None:
+    """Raise ValueError unless images are float32 [B, H, W, C] in [0, 1] and labels integers [B]; waits for the device."""
+    if images.ndim != 4 or images.dtype != jnp.float32 or 0 in images.shape:
+        raise ValueError(f"images: expected float32 [B, H, W, C] in [0, 1], got {images.dtype} {images.shape}")
+    low, high = images.min(), images.max()
+    if not (0.0 <= low and high <= 1.0):
+        raise ValueError("images: expected values in [0, 1], got others; divide pixels by 255 and do not normalise")
+    if labels.shape != images.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels: expected int32 {images.shape[:1]}, got {labels.dtype} {labels.shape}")
+
+
+def check_logits(call: Callable, images: jax.Array, target: tuple[int, ...]) -> None:
+    """Raise ValueError unless ``call(images)`` is [B, K] with all targets below K; one abstract trace, no arithmetic."""
+    logits = jax.eval_shape(call, jax.ShapeDtypeStruct(images.shape, images.dtype))
+    if logits.ndim != 2 or logits.shape[0] != images.shape[0] or max(target) >= logits.shape[1]:
+        raise ValueError(
+            f"target: expected classes below the number of logits, got {target} and logits {logits.shape}; "
+            "logits_fn must return [B, K]"
+        )

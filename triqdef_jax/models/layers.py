@@ -33,10 +33,13 @@ class LayerOptions:
     Attributes:
       scale: 'learned' (trained step sizes) or 'observed' (weights: channel maximum; activations: running maximum).
       dtype: type of the operands of convolutions and of the classifier, 'float32' or 'bfloat16'; everything else is float32.
+      estimator: derivative of the rounding of weights and activations, a key of `quantize.ESTIMATORS`; training uses 'clipped'. The
+        input's own rounding stays 'clipped': all pixel values lie inside its range, on its grid.
     """
 
     scale: str = "learned"
     dtype: str = "float32"
+    estimator: str = "clipped"
 
 
 class Coded(NamedTuple):
@@ -69,7 +72,8 @@ class QuantAct(nn.Module):
             scale = self._learned(values, code_range.upper, mode)
         else:
             scale = self._observed(values, code_range.upper, mode)
-        quantized = quantize.fake_quant_unless(spec.is_float, values, scale, code_range)
+        estimator = self.options.estimator
+        quantized = quantize.fake_quant_unless(spec.is_float, values, scale, code_range, estimator=estimator)
         return Coded(quantized, jnp.maximum(scale, quantize.MIN_SCALE))
 
     def _learned(self, values, upper, mode):
@@ -196,7 +200,8 @@ def quantize_weights(module, kernel, spec, code_range, mode, *, axes):
         if mode == "calibrate":
             variable.value = quantize.learned_scale_start(kernel, code_range.upper, axes=axes)
         scale = variable.value
-    quantized = quantize.fake_quant_unless(spec.is_float, kernel, scale, code_range)
+    estimator = module.options.estimator
+    quantized = quantize.fake_quant_unless(spec.is_float, kernel, scale, code_range, estimator=estimator)
     return quantized, jnp.maximum(scale, quantize.MIN_SCALE)
 
 

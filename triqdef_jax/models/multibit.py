@@ -5,6 +5,8 @@ the order of `bits` (of length 1 where they are shared). A bit-width is chosen b
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -75,6 +77,18 @@ class MultiBitNetwork:
             stats=zero if self.norm == "shared" else index,
         )
 
+    def with_estimator(self, name: str) -> "MultiBitNetwork":
+        """Return the same network, for the same arrays, under another gradient estimator of its quantizers.
+
+        Values stay bit for bit what they are (see `quantize.fake_quant_unless`).
+
+        Raises:
+          ValueError: for an unknown name; the message lists the known ones.
+        """
+        quantize.check_estimator(name)
+        options = dataclasses.replace(self.module.options, estimator=name)
+        return dataclasses.replace(self, module=self.module.clone(options=options))
+
     def init(self, key: jax.Array, image_size_px: int) -> tuple[Weights, Tree]:
         """Return (weights, running statistics), every bit-width starting alike; scales are set by `calibrate` before use."""
         images = jnp.zeros((1, image_size_px, image_size_px, 3), jnp.float32)
@@ -113,6 +127,54 @@ class MultiBitNetwork:
         """Return one bit-width's variables with scales and statistics set from `images`, layer by layer in forward order."""
         _, new = self.module.apply(variables, images, spec, "calibrate", mutable=["scales", "stats"])
         return {**variables, **new}
+
+
+def make_outputs_fn(
+    network: MultiBitNetwork,
+    variables: Sequence[dict[str, Tree]],
+    specs: Sequence[quantize.BitSpec],
+    *,
+    layers: Sequence[str] = (),
+) -> jax.tree_util.Partial:
+    """Return one function of K bit-widths' outputs in evaluation mode, all arrays as arguments of any jit.
+
+    Args:
+      network: whose module runs; networks that compare equal share one compiled program.
+      variables: one entry per bit-width, from `MultiBitNetwork.slice` or calibrated for an untrained bit-width.
+      specs: one per entry.
+      layers: names of the feature maps to return.
+
+    Returns:
+      ``images -> (logits float32 [K, B, classes], dict from layer to features float32 [K, B, h, w, C])``; images are float32
+      `[B, H, W, 3]` in [0, 1], shown to every bit-width, or `[K, B, H, W, 3]`, one batch for each.
+
+    Raises:
+      ValueError: as many variables as specs are needed; when called, for an unknown layer or another number of batches.
+    """
+    if not specs or len(variables) != len(specs):
+        raise ValueError(f"variables: expected one entry per spec, got {len(variables)} for {len(specs)} specs")
+    return jax.tree_util.Partial(_stacked_outputs(network.module, tuple(layers)), tuple(variables), tuple(specs))
+
+
+@functools.cache
+def _stacked_outputs(module, layers):
+    """Return the function behind `make_outputs_fn`, one object per module and layers."""
+
+    def outputs(variables, specs, images):
+        batches = images if images.ndim == 5 else [images] * len(specs)
+        if len(batches) != len(specs):
+            raise ValueError(
+                f"images: expected [B, H, W, 3] or one batch for each of {len(specs)} bits, got {images.shape}"
+            )
+        logits, features = zip(
+            *(module.apply(*args, "eval") for args in zip(variables, batches, specs, strict=True)), strict=True
+        )
+        unknown = [name for name in layers if name not in features[0]]
+        if unknown:
+            raise ValueError(f"layers: expected some of {', '.join(features[0])}, got {unknown[0]!r}")
+        return jnp.stack(logits), {name: jnp.stack([maps[name] for maps in features]) for name in layers}
+
+    return outputs
 
 
 def take(stack: Tree, index: jax.Array) -> Tree:

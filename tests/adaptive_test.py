@@ -1,0 +1,352 @@
+"""The adaptive attack: each component on a toy network that only it can fool, its arithmetic against NumPy, what it reports."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from jax.tree_util import Partial
+from scipy.special import log_softmax
+
+from triqdef_jax import patches, quantize
+from triqdef_jax.attacks import adaptive, loop
+from triqdef_jax.attacks.adaptive import AdaptiveSettings
+from triqdef_jax.models.layers import LayerOptions
+from triqdef_jax.models.multibit import MultiBitNetwork, make_outputs_fn
+from triqdef_jax.models.resnet import ResNet, ResNetPlan
+from triqdef_jax.objectives import penalties
+
+ONE = ("clipped",)
+NUM_BITS, NUM_IMAGES, NUM_CLASSES = 3, 8, 4
+
+
+def linear(weights, images):
+    """K linear classifiers: weights [K, 64, classes]."""
+    return jnp.einsum("bn,knc->kbc", images.reshape(images.shape[0], -1), weights), {}
+
+
+def curved(kernels, images):
+    """K small networks with a map of features: products of neighbours, so that input gradients depend on the input."""
+    batches = jnp.broadcast_to(images, (kernels.shape[0], *images.shape[-4:]))
+    shifted = jnp.roll(batches, 1, axis=2) * kernels[:, None] + jnp.roll(batches, 1, axis=3) * (1 - kernels[:, None])
+    features = jnp.square(batches + shifted)
+    return features.reshape(*features.shape[:2], 4, -1).sum(axis=-1), {"map": features}
+
+
+def saturated(name):
+    """A network behind a quantizer of codes 0..3 that bright images drive to its last code; predicts 0 down to code 2."""
+
+    def outputs(images):
+        bright = 8.0 * images.mean(axis=(1, 2, 3))
+        spec = quantize.make_bit_spec(2)
+        code = quantize.fake_quant_unless(spec.is_float, bright, jnp.float32(1.0), spec.act, estimator=name)
+        return jnp.stack([code, jnp.full_like(code, 1.5)], axis=-1)[None], {}
+
+    return Partial(outputs)
+
+
+def agreed(weights, num_drawn):
+    """Return the images on which linear classifiers of all bit-widths agree with the largest leads, their labels, the weights."""
+    images = np.random.default_rng(0).uniform(size=(num_drawn, 8, 8, 1)).astype(np.float32)
+    logits = np.einsum("bn,knc->kbc", images.reshape(num_drawn, -1), weights)
+    leads = np.diff(np.sort(logits, axis=-1)[..., -2:])[..., 0].min(axis=0)
+    is_agreed = (logits.argmax(axis=-1) == logits[0].argmax(axis=-1)).all(axis=0)
+    rows = np.argsort(np.where(is_agreed, -leads, 0.0))[:NUM_IMAGES]
+    assert is_agreed[rows].all()
+    return (
+        jnp.asarray(images[rows]),
+        jnp.asarray(logits[0, rows].argmax(-1), jnp.int32),
+        jnp.asarray(weights, jnp.float32),
+    )
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """Images, labels and weights of linear classifiers that have much in common."""
+    rng = np.random.default_rng(1)
+    shared = rng.normal(size=(1, 64, NUM_CLASSES))
+    return agreed(shared + 0.8 * rng.normal(size=(NUM_BITS, 64, NUM_CLASSES)), 200)
+
+
+def run(fns, images, labels, *, key=0, **fields):
+    fields = dict(size_px=3, num_steps=10, step_size=0.2, estimators=tuple(fns)) | fields
+    return adaptive.attack(jax.random.key(key), fns, images, labels, AdaptiveSettings(**fields))
+
+
+def start_of(values, labels, num_bits):
+    return adaptive._State(values, adaptive._worst(values, num_bits), jnp.zeros_like(labels, jnp.int32))
+
+
+# Arithmetic
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "worst"])
+def test_first_steps_match_numpy(problem, aggregate):
+    images, labels, weights = problem
+    rule = adaptive._Rule("margin", aggregate, False, False)
+    factors = np.array([1.0, 0.5, 3.0])
+    values, placements = adaptive._start(jax.random.key(3), images.shape, 3, "random")
+    shared = adaptive._Problem(
+        Partial(linear, weights), images, labels, jnp.full_like(labels, -1), jnp.ones((NUM_IMAGES, 3, 3)), placements,
+        jnp.asarray(factors, jnp.float32), jnp.float32(0.3), jnp.float32(0.0),
+    )  # fmt: skip
+    state, current = start_of(values, labels, NUM_BITS), np.asarray(values, float)
+    step = jax.jit(adaptive.make_step(rule))
+    for index in range(3):
+        state = step(index, state, shared)
+        for i in range(NUM_IMAGES):
+            row, col = int(placements.center_row[i]) - 1, int(placements.center_col[i]) - 1
+            image = np.asarray(images[i], float)
+            image[row : row + 3, col : col + 3] = np.round(255 * current[i]) / 255
+            logits = factors[:, None] * np.einsum("n,knc->kc", image.ravel(), np.asarray(weights, float))
+            others = np.where(np.arange(NUM_CLASSES) == labels[i], -np.inf, logits)
+            margins, rival = logits[:, labels[i]] - others.max(axis=1), others.argmax(axis=1)
+            slopes = [
+                c * (w[:, labels[i]] - w[:, r]) for c, w, r in zip(factors, np.asarray(weights), rival, strict=True)
+            ]
+            slope = np.mean(slopes, axis=0) if aggregate == "mean" else slopes[margins.argmax()]
+            direction = np.sign(slope.reshape(8, 8, 1))[row : row + 3, col : col + 3]
+            current[i] = np.clip(current[i] - 0.3 * direction, 0, 1)
+        # Signs are exact away from zero slopes; three float32 differences.
+        np.testing.assert_allclose(state.values, current, atol=1e-6)
+
+
+def test_losses_aim_at_the_target_or_away_from_the_label():
+    logits, labels = jnp.array([[2.0, 1.0, -1.0], [0.0, 3.0, 3.0]]), jnp.array([0, 1])
+    log_probs = log_softmax(np.asarray(logits, float), axis=1)
+    loss = adaptive.LOSSES["cross_entropy"]
+    # Sums of three exponentials of order 1 in float32.
+    np.testing.assert_allclose(loss(logits, labels, jnp.array([-1, -1])), log_probs[[0, 1], [0, 1]], rtol=1e-6)
+    np.testing.assert_allclose(loss(logits, labels, jnp.array([2, 0])), -log_probs[[0, 1], [2, 0]], rtol=1e-6)
+
+
+def test_the_map_similarity_is_the_bracket_of_fdp():
+    features = jax.random.uniform(jax.random.key(0), (NUM_BITS, 5, 8, 8, 2))
+    settings = penalties.PenaltySettings(alpha=adaptive.DICE_WEIGHT, beta=adaptive.HOG_WEIGHT)
+    maps = jnp.mean(features, axis=-1) / jnp.mean(features, axis=-1).max(axis=(2, 3), keepdims=True)
+    reference = lambda maps: penalties.reduce_pairs(
+        penalties.similarity(maps, "map", settings), jnp.array([8, 4, 2]), settings
+    )
+    expected = jax.jit(reference)(maps)
+    similar = jax.jit(adaptive.map_similarity)({"map": features, "again": features})
+    assert similar.shape == (5,)
+    np.testing.assert_allclose(similar.mean(), expected, rtol=1e-5)  # float32 sums in another order
+
+
+# Components
+
+
+def test_rescaling_revives_the_gradient_that_large_logits_kill(problem):
+    images, labels, weights = problem
+    fns = {"clipped": Partial(linear, 1e3 * weights)}
+    fields = dict(loss="cross_entropy", size_px=5, num_steps=10)
+    patch, plain = run(fns, images, labels, **fields, rescale_margin=0.0)
+    _, revived = run(fns, images, labels, **fields, rescale_margin=1.0)
+    is_stuck = plain["zero_gradient"][0, 0] == 1  # sure at every bit-width: exp(-1000) is 0, and so is every gradient
+    assert is_stuck.any() and not plain["success_per_bit"][:, is_stuck].any()
+    values, _ = adaptive._start(jax.random.fold_in(jax.random.key(0), 0), images.shape, 5, "random")
+    np.testing.assert_array_equal(*map(patches.round_to_uint8, (patch.values[is_stuck], values[is_stuck])))
+    assert not revived["zero_gradient"].any()
+    assert np.all(revived["success_per_bit"][:, is_stuck].any(axis=0))
+    assert revived["success_per_bit"].sum() > plain["success_per_bit"].sum() + 4
+    leads = np.abs(np.asarray(adaptive.losses.margin(linear(weights, images)[0][0], labels, jnp.full_like(labels, -1))))
+    np.testing.assert_allclose(revived["factors"][0], 1 / (1e3 * leads.mean()), rtol=1e-5)
+    np.testing.assert_array_equal(plain["factors"], np.ones(NUM_BITS))
+
+
+def test_other_estimators_attack_a_saturated_quantizer_that_the_clipped_one_cannot():
+    images, labels = jnp.full((4, 8, 8, 1), 0.6), jnp.zeros(4, jnp.int32)
+    fns = {name: saturated(name) for name in quantize.ESTIMATORS}
+    _, info = run(fns, images, labels, size_px=8, num_steps=12, step_size=0.05)
+    np.testing.assert_array_equal(info["num_fooled"][:, 0], [[0] * 4, [1] * 4, [1] * 4])
+    np.testing.assert_array_equal(info["estimator"], 1)  # of equals the first
+    assert info["success"].all() and info["images"].mean() < 1.5 / 8
+    np.testing.assert_array_equal(info["zero_gradient"][:, 0], [[1] * 4, [0] * 4, [0] * 4])
+
+
+def test_attacking_all_bits_fools_more_of_them_than_attacking_one():
+    # Each bit-width reads pixels of its own, so that what fools one says nothing to the others.
+    own = np.arange(64)[None, :, None] % NUM_BITS == np.arange(NUM_BITS)[:, None, None]
+    weights = own * np.random.default_rng(1).normal(size=(NUM_BITS, 64, NUM_CLASSES))
+    weights -= own * weights.sum(axis=1, keepdims=True) / own.sum(axis=1, keepdims=True)  # no class leads by brightness
+    images, labels, weights = agreed(weights, 400)
+    _, every = run({"clipped": Partial(linear, weights)}, images, labels, size_px=5, num_steps=20)
+    for index in range(NUM_BITS):
+        one = {"clipped": Partial(linear, weights[index : index + 1])}
+        _, info = run(one, images, labels, size_px=5, num_steps=20)
+        is_fooled = np.asarray(linear(weights, info["images"])[0].argmax(axis=-1) != labels)
+        assert is_fooled[index].sum() >= every["success_per_bit"][index].sum()  # nothing is stronger against this one
+        assert every["success_per_bit"].sum() >= is_fooled.sum() + 4
+
+
+def test_the_worst_bit_width_is_pushed_further_by_its_own_aggregate(problem):
+    images, labels, weights = problem
+    fns = {"clipped": Partial(linear, weights * jnp.array([1.0, 1.0, 4.0])[:, None, None])}
+
+    def hardest_margin(aggregate):
+        _, info = run(fns, images, labels, aggregate=aggregate, rescale_margin=0.0, num_steps=20, step_size=0.05)
+        logits = fns["clipped"](info["images"])[0]
+        return jax.vmap(adaptive.losses.margin, (0, None, None))(logits, labels, jnp.full_like(labels, -1)).max(axis=0)
+
+    mean, worst = hardest_margin("mean"), hardest_margin("worst")
+    assert np.mean(worst <= mean) >= 0.75 and worst.mean() < mean.mean()
+
+
+@pytest.mark.parametrize("features, gradients", [(True, False), (False, True)])
+def test_realignment_raises_the_similarity_it_is_told_to(features, gradients):
+    images = jax.random.uniform(jax.random.key(1), (NUM_IMAGES, 8, 8, 1))
+    labels = jnp.arange(NUM_IMAGES) % 4
+    kernels = jnp.asarray(np.random.default_rng(2).uniform(-2, 2, (2, 8, 8, 1)), jnp.float32)
+    values, placements = adaptive._start(jax.random.key(3), images.shape, 6, "random")
+    rule = adaptive._Rule("margin", "mean", features, gradients)
+    shared = adaptive._Problem(
+        Partial(curved, kernels), images, labels, jnp.full_like(labels, -1), jnp.ones((NUM_IMAGES, 6, 6)), placements,
+        jnp.ones(2), jnp.float32(0.05), jnp.float32(1e4),
+    )  # fmt: skip
+
+    @jax.jit
+    def similarity(values):
+        pasted = patches.apply_patches(images, values, shared.masks, placements)
+        return adaptive.map_similarity(adaptive._outputs(rule, pasted, shared)[1])
+
+    state, step = start_of(values, labels, 2), jax.jit(adaptive.make_step(rule))
+    before, seen = similarity(values), []
+    for index in range(15):
+        state = step(index, state, shared)
+        seen.append(similarity(state.values))
+    best = np.max(seen, axis=0)  # sign steps overshoot, so that the last is not always the best
+    assert np.mean(best - before) > 0.1 and np.mean(best > before) >= 0.75
+    assert np.mean(seen[-1]) > np.mean(before)
+
+
+# What comes back
+
+
+@pytest.mark.parametrize("target", [-1, 2])
+def test_the_best_of_all_runs_comes_back_as_it_would_be_stored(problem, target):
+    images, labels, weights = problem
+    # Two names for one function are compiled once and make runs of their own.
+    fns = {"a": Partial(linear, weights), "b": Partial(linear, weights)}
+    patch, info = run(fns, images, labels, num_restarts=3, target=target, num_steps=8)
+    np.testing.assert_array_equal(patches.round_to_uint8(patch.values) / 255.0, patch.values)
+    np.testing.assert_array_equal(
+        jax.jit(patches.apply_patches)(images, patch.values, patch.masks, info["placements"]), info["images"]
+    )
+    changed = (info["images"] != np.asarray(images)).any(axis=-1).sum(axis=(1, 2))
+    assert changed.max() <= 9 and changed.min() > 0
+    predictions = np.asarray(linear(weights, info["images"])[0].argmax(axis=-1))
+    np.testing.assert_array_equal(info["predictions_per_bit"], predictions)
+    fooled = predictions == target if target >= 0 else predictions != np.asarray(labels)
+    np.testing.assert_array_equal(info["success_per_bit"], fooled)
+    np.testing.assert_array_equal(info["success"], fooled.all(axis=0))
+    np.testing.assert_array_equal(
+        info["success"], (info["predictions"] == target) | ((target < 0) & (info["predictions"] != labels))
+    )
+    np.testing.assert_array_equal(info["clean_predictions_per_bit"], np.broadcast_to(labels, (NUM_BITS, NUM_IMAGES)))
+    np.testing.assert_array_equal(fooled.sum(axis=0), info["num_fooled"].max(axis=(0, 1)))
+    assert info["best_loss"].shape == (2, 3, NUM_IMAGES)
+    runs_best = info["num_fooled"].max(axis=1) == info["num_fooled"].max(axis=(0, 1))
+    assert np.all(runs_best[info["estimator"], np.arange(NUM_IMAGES)]) and 0 < info["estimator"].sum() < NUM_IMAGES
+    is_as_good = info["num_fooled"] == info["num_fooled"].max(axis=(0, 1))
+    np.testing.assert_array_equal(info["loss"], np.where(is_as_good, info["best_loss"], np.inf).min(axis=(0, 1)))
+    assert patch.size_px.tolist() == [3] * NUM_IMAGES and patch.target.tolist() == [target] * NUM_IMAGES
+
+
+def test_the_best_iterate_is_kept_however_large_the_step(problem):
+    images, labels, weights = problem
+    fns = {"clipped": Partial(linear, weights)}
+    _, first = run(fns, images, labels, num_steps=1, step_size=0.01)
+    _, wild = run(fns, images, labels, num_steps=10, step_size=1.0)
+    assert np.all(wild["num_fooled"] >= first["num_fooled"])
+    is_equal = wild["num_fooled"] == first["num_fooled"]
+    assert np.all(wild["best_loss"][is_equal] <= first["best_loss"][is_equal])
+
+
+def test_equal_keys_give_equal_patches_and_rolled_loops_agree(problem, monkeypatch):
+    images, labels, weights = problem
+    fns = {"clipped": Partial(linear, weights)}
+    patch, _ = run(fns, images, labels, key=5)
+    again, _ = run(fns, images, labels, key=5)
+    np.testing.assert_array_equal(patch.values, again.values)
+    monkeypatch.setattr(loop, "is_rolled", lambda: True)
+    rolled, _ = run(fns, images, labels, key=5)
+    np.testing.assert_allclose(rolled.values, patch.values, atol=1.5 / 255)  # a pixel may round the other way
+    other, _ = run(fns, images, labels, key=6)
+    assert not np.array_equal(other.values, patch.values)
+
+
+def test_a_quantized_networks_bit_widths_are_attacked_through_a_soft_rounding():
+    bits, module = (8, 2), ResNet(ResNetPlan((1,), 2), 3, LayerOptions())
+    network = MultiBitNetwork(module, bits).with_estimator("soft_round")
+    images = jax.random.uniform(jax.random.key(0), (4, 8, 8, 3))
+    weights, stats = network.init(jax.random.key(1), 8)
+    specs, calibrate = [network.spec(b) for b in bits], jax.jit(network.calibrate)
+    variables = [
+        calibrate(network.slice(weights, stats, network.slot(b)), spec, images)
+        for b, spec in zip(bits, specs, strict=True)
+    ]
+    outputs_fn = make_outputs_fn(network, variables, specs)
+    forward = jax.jit(lambda fn, x: fn(x))
+    labels = forward(outputs_fn, images)[0][0].argmax(axis=-1)
+    _, info = run({"soft_round": outputs_fn}, images, labels, size_px=6, num_steps=12)
+    logits, _ = forward(outputs_fn, info["images"])
+    margins = jax.vmap(adaptive.losses.margin, (0, None, None))(logits, labels, jnp.full_like(labels, -1))
+    # Two programs of one network: float32 sums in another order, and rarely a code that flips by it.
+    np.testing.assert_allclose((margins * info["factors"][:, None]).mean(axis=0), info["loss"], rtol=1e-2, atol=1e-2)
+    _, noise = run({"soft_round": outputs_fn}, images, labels, size_px=6, num_steps=1, step_size=1e-9)
+    assert info["loss"].mean() < noise["loss"].mean() - 0.3
+
+
+# Refusals
+
+_SMALL = jnp.full((2, 4, 4, 1), 0.5)
+_LABELS = np.zeros(2, np.int32)
+
+
+def _small(images=_SMALL, labels=_LABELS, num_bits=2, scale=1.0, features=None, **fields):
+    def outputs(images):
+        return jnp.full((num_bits, 2, 3), scale) * (1 + images.sum()), features or {}
+
+    return run({"clipped": outputs}, images, labels, **{"size_px": 2, "num_steps": 1} | fields)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: AdaptiveSettings(size_px=0), "size_px: expected a positive number"),
+        (lambda: AdaptiveSettings(size_px=2, num_restarts=0), "num_restarts: expected a positive number"),
+        (lambda: AdaptiveSettings(size_px=2, loss="ce"), "loss: expected one of ('margin', 'cross_entropy')"),
+        (lambda: AdaptiveSettings(size_px=2, aggregate="sum"), "aggregate: expected one of ('mean', 'worst')"),
+        (lambda: AdaptiveSettings(size_px=2, location="left"), "location: expected one of"),
+        (lambda: AdaptiveSettings(size_px=2, rescale_margin=-1.0), "rescale_margin: expected 0 or more"),
+        (lambda: AdaptiveSettings(size_px=2, realign_weight=float("nan")), "realign_weight: expected 0 or more"),
+        (lambda: AdaptiveSettings(size_px=2, target=-2), "target: expected a class >= 0 or -1"),
+        (lambda: AdaptiveSettings(size_px=2, estimators=()), "estimators: expected at least one name"),
+        (
+            lambda: AdaptiveSettings(size_px=2, realign_weight=1.0, realign_features=False),
+            "realign_weight: expected realign_features or realign_gradients",
+        ),
+        (lambda: _small(estimators=("identity",)), "estimators: expected some of ('clipped',), the functions given"),
+        (lambda: _small(images=_SMALL.astype(jnp.float16)), "images: expected float32"),
+        (lambda: _small(images=3 * _SMALL), "divide pixels by 255"),
+        (lambda: _small(labels=_LABELS[:1]), "labels: expected int32 (2,)"),
+        (lambda: _small(size_px=5), "size_px: expected at most the image's 4 px"),
+        (lambda: _small(target=3), "outputs_fns: expected logits [K, 2, classes] with a class 3"),
+        (lambda: _small(num_bits=1, realign_weight=1.0), "realign_weight: expected at least two bit-widths"),
+        (lambda: _small(realign_weight=1.0), "realign_features: expected feature maps, got none"),
+        (lambda: _small(scale=np.nan), "outputs_fns: the logits of some image were never finite"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(call, message):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_settings_are_frozen_and_components_can_be_switched_off():
+    plain = AdaptiveSettings(size_px=3, loss="cross_entropy", rescale_margin=0.0, estimators=ONE)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plain.loss = "margin"
+    assert adaptive._rule_of(plain) == adaptive._Rule("cross_entropy", "mean", False, False)
+    assert adaptive._rule_of(dataclasses.replace(plain, realign_weight=1.0))[2:] == (True, False)
