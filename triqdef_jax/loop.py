@@ -265,7 +265,7 @@ def drawn_bit_logits(network, weights, stats, slots, specs):
 def _drawn_logits(network):
     def logits(weights, stats, slots, specs, key, images):
         drawn = jax.random.randint(key, (), 0, slots.stats.shape[0])
-        slot, spec = jax.tree.map(lambda x: x[drawn], (slots, specs))
+        slot, spec = jax.tree.map(lambda x: jnp.asarray(x)[drawn], (slots, specs))
         return network.eval_forward(weights, stats, slot, spec, images)[0]
 
     return logits

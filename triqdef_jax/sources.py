@@ -13,27 +13,35 @@ from ml_collections import ConfigDict
 
 from triqdef_jax import config as config_lib
 from triqdef_jax import files, loop, patch_pool, runs
+from triqdef_jax.checkpoints import Checkpointer
 from triqdef_jax.patch_pool import PatchPool, PoolRequest
+from triqdef_jax.train_step import TrainState
 
 SEED_STEP = 1000  # Seeds of a run's source networks lie this far from its own.
 
 
-def source_config(config: ConfigDict, index: int) -> ConfigDict:
-    """Return the config of source network `index` of a run; depends on data, model, optimiser, batch and seed only."""
-    source = copy.deepcopy(config_lib.default())
+def independent_config(config: ConfigDict, *, seed: int, bits: tuple[int, ...], epochs: int) -> ConfigDict:
+    """Return the config of a network trained on clean images that owes a run nothing but data, model, optimiser and batch size."""
+    independent = config_lib.default()
     for group in ("data", "model", "optim"):
-        source[group] = copy.deepcopy(config[group])
-    source.seed = config.seed + SEED_STEP * (index + 1)
-    source.quant.bits = (config_lib.quantize.FLOAT_BITS,)
-    source.bact.starts = ()
-    source.loss.method = "qat"
-    source.loss.feature_layers = ()
-    source.train.batch_size = config.train.batch_size
-    source.train.epochs = config.patches.source_epochs
+        independent[group] = copy.deepcopy(config[group])
+    independent.seed = seed
+    independent.quant.bits = bits
+    independent.bact.starts = ()
+    independent.loss.method = "qat"
+    independent.loss.feature_layers = ()
+    independent.train.batch_size = config.train.batch_size
+    independent.train.epochs = epochs
     for field in ("data.dir", "data.num_workers", "data.prefetch"):  # where data lie does not change what is trained
         group, name = field.split(".")
-        source[group][name] = config_lib.default()[group][name]
-    return source
+        independent[group][name] = config_lib.default()[group][name]
+    return independent
+
+
+def source_config(config: ConfigDict, index: int) -> ConfigDict:
+    """Return the config of source network `index` of a run; depends on data, model, optimiser, batch and seed only."""
+    bits, epochs = (config_lib.quantize.FLOAT_BITS,), config.patches.source_epochs
+    return independent_config(config, seed=config.seed + SEED_STEP * (index + 1), bits=bits, epochs=epochs)
 
 
 def source_name(config: ConfigDict, index: int) -> str:
@@ -42,24 +50,49 @@ def source_name(config: ConfigDict, index: int) -> str:
 
 
 def train_source(config: ConfigDict, index: int, data, *, is_quiet: bool = False) -> runs.Trained:
-    """Return source network `index`, trained first if the shared folder has none.
+    """Return source network `index`, trained first if the shared folder has none; raises as `train_to_end`."""
+    workdir = pathlib.Path(config.patches.shared_dir) / source_name(config, index)
+    run = loop.make_run(source_config(config, index), workdir, data.num_train)
+    return train_to_end(run, data, title=f"source network {index + 1}", is_quiet=is_quiet)
+
+
+def train_to_end(
+    run: loop.Run,
+    data,
+    *,
+    title: str,
+    pool: PatchPool | None = None,
+    start: tuple | None = None,
+    is_quiet: bool = False,
+) -> runs.Trained:
+    """Return the trained network of a run, trained or resumed first where it is not finished; runs that start together train it once.
+
+    Args:
+      run: from `loop.make_run`; its directory is claimed. title: what messages call it. pool: training patches, where its method takes some.
+      start: (`Weights`, running statistics) with which step 0 begins in place of random weights and calibrated quantizers.
 
     Raises:
       loop.PreemptedError: SIGTERM arrived first; what is trained so far is saved and the same call continues it.
       loop.NonFiniteLossError: its loss is no longer finite.
     """
-    workdir = pathlib.Path(config.patches.shared_dir) / source_name(config, index)
-    source = source_config(config, index)
-    runs.open_workdir(workdir, source)
-    run = loop.make_run(source, workdir, data.num_train)
-    with files.exclusive(workdir / runs.LOCK_FILE, wait=True):  # runs that start together train it once
-        step = loop.train(run, data, None, label=f"source network {index + 1}:", is_quiet=is_quiet)
+    runs.open_workdir(run.workdir, run.config)
+    with files.exclusive(run.workdir / runs.LOCK_FILE, wait=True):
+        if start is not None:
+            _begin_with(run, *start)
+        step = loop.train(run, data, pool, label=f"{title}:", is_quiet=is_quiet)
     if step < run.num_steps:
         raise loop.PreemptedError(
-            f"preempted: step {step} of {run.num_steps} of source network {index + 1} is saved in {workdir}; the same command "
-            f"continues"
+            f"preempted: step {step} of {run.num_steps} of {title} is saved in {run.workdir}; the same command continues"
         )
-    return runs.load_trained(workdir)
+    return runs.load_trained(run.workdir)
+
+
+def _begin_with(run, weights, stats):
+    """Give a new run a checkpoint of step 0 that the loop resumes from, its bit-widths ready to train."""
+    with Checkpointer(run.workdir / loop.CHECKPOINTS) as checkpointer:
+        if checkpointer.latest_step() is None:
+            state = TrainState(jnp.int32(0), weights, stats, run.settings.optimizer.init(weights))
+            checkpointer.save(0, state, {"stage": 0})
 
 
 def request(config: ConfigDict, source_index: int, sizes_px: tuple[int, ...], num_patches: int) -> PoolRequest:
@@ -102,13 +135,13 @@ def _get(config, wanted, source_index, data):
     def build_source():
         trained = train_source(config, source_index, data)
         print(f"making {wanted.num_patches} patches of {'/'.join(map(str, wanted.sizes_px))} px", file=sys.stderr)
-        images, labels = _training_images(data, config.patches.source_images)
+        images, labels = training_images(data, config.patches.source_images)
         return trained.logits_fn(trained.network.bits[0]), images, labels
 
     return patch_pool.get(wanted, config.patches.shared_dir, build_source)
 
 
-def _training_images(data, num_images):
+def training_images(data, num_images):
     """Return the first training images, unaugmented: (float32 `[N, H, W, 3]` in [0, 1], labels int32 `[N]`)."""
     num_images = min(num_images, data.num_train)
     batch = next(iter(data.eval_batches("train", num_images)))
