@@ -1,151 +1,151 @@
-"""Evaluation: what is predicted, under which patches, and that printed numbers can be recomputed from the files."""
+"""Evaluation: from a trained run to a record whose numbers come from the stored outcomes, flags of the network itself, and refusals."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from triqdef_jax import deploy, evaluate, metrics, results, runs
+from triqdef_jax import cells, evaluate, presets, results, runs, sources
 from triqdef_jax.patch_pool import PatchPool
+from triqdef_jax.presets import Preset
 
-BITS = (32, 4)
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_run):
-    workdir, loaded = tiny_run
-    return runs.load_trained(workdir), loaded
+TINY = Preset(
+    extra_bits=(3,),
+    ptq=(),
+    surrogates=(),
+    universal_steps=1,
+    num_patches=1,
+    white_steps=1,
+    white_images=6,
+    queries=50,
+    query_images=4,
+)
 
 
 @pytest.fixture(scope="module")
 def pool():
     rng = np.random.default_rng(0)
-    values = rng.integers(0, 256, (3, 4, 4, 3)).astype(np.float32) / 255
-    ones = np.ones((3, 4, 4), np.float32)
-    return PatchPool(values, ones, np.full(3, 4, np.int32), np.array([1, 2, 3], np.int32), "digest")
+    values = rng.integers(0, 256, (2, 4, 4, 3)).astype(np.float32) / 255
+    return PatchPool(
+        values, np.ones((2, 4, 4), np.float32), np.full(2, 4, np.int32), np.array([1, 2], np.int32), "digest"
+    )
 
 
 @pytest.fixture(scope="module")
-def outcomes(trained, pool):
-    return evaluate.evaluate(*trained, {"held-out": pool}, bits=(*BITS, 3), deployed=False)
+def evaluated(tiny_run, pool, tmp_path_factory):
+    """(subject, record, outcomes) of a preset with one cheap cell of each access on the tiny run."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    trained = runs.load_trained(tiny_run[0])
+    trained.config.patches.shared_dir = str(folder / "shared")
+    trained.config.patches.sizes_px = (4,)
+    plans = [
+        p
+        for p in presets.plans("quick", trained.config)
+        if p.name in ("grey|random", "patch_pgd|self:4", "sparse_rs|self:4")
+    ]
+    changed = {"patch_pgd": (("num_steps", 1),), "sparse_rs": (("num_queries", 5),), "grey": ()}
+    plans = [
+        cells.dataclasses.replace(p, num_images=0 if p.attack == "grey" else 6, fields=changed[p.attack]) for p in plans
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "eval_pools", lambda config, data: {"held-out": pool})
+        patch.setattr(presets, "plans", lambda name, config: tuple(plans))
+        patch.setitem(presets.PRESETS, "quick", TINY)
+        subject = evaluate.make_subject(trained, folder / "run", "quick")
+        said = []
+        record, outcomes = evaluate.evaluate(subject, "quick", progress=lambda *line: said.append(line))
+    return subject, record, outcomes, said
 
 
-def test_predictions_are_those_of_the_network_on_the_test_images(trained, outcomes):
-    run, loaded = trained
-    images = jnp.asarray(loaded.test.images[:50]) / 255.0
-    for row, bits in enumerate(BITS):
-        np.testing.assert_array_equal(outcomes.clean[row], run.logits_fn(bits)(images).argmax(-1))
-    np.testing.assert_array_equal(outcomes.labels, loaded.test.labels[:50])
-    np.testing.assert_array_equal(outcomes.ids, loaded.test.ids[:50])
+def test_every_row_predicts_the_test_images(evaluated):
+    subject, _, outcomes, _ = evaluated
+    assert outcomes.targets == ("32", "4", "3") and outcomes.clean.shape == (3, 50)
+    np.testing.assert_array_equal(outcomes.labels, subject.data.test.labels[:50])
+    images = jnp.asarray(subject.images) / 255.0
+    for row, bits in enumerate((32, 4)):
+        np.testing.assert_array_equal(outcomes.clean[row], subject.trained.logits_fn(bits)(images).argmax(-1))
 
 
-def test_patched_predictions_have_a_row_per_bit_patch_and_image(outcomes):
-    assert outcomes.pools["held-out"].predictions.shape == (3, 3, 50)  # 32, 4 and the untrained 3 bits
-    assert outcomes.clean.shape == (3, 50)
+def test_the_record_has_cells_worst_cases_and_what_was_left_out(evaluated):
+    _, record, _, _ = evaluated
+    assert [cell["name"] for cell in record["cells"]] == [
+        "held-out",
+        "grey|random",
+        "patch_pgd|self:4",
+        "sparse_rs|self:4",
+    ]
+    assert [cell["access"] for cell in record["cells"]] == ["transfer", "control", "white-box", "query"]
+    for target in record["targets"]:
+        attacked = [cell["success"][target]["asr_correct"] for cell in record["cells"] if cell["access"] != "control"]
+        assert record["worst"][target]["rate"] == max(rate["rate"] for rate in attacked if rate["den"])
+        assert record["robust_all"][target]["den"] == 6  # images that all attacks share
+    assert record["not_run"] and record["kind"] == "evaluation" and record["device"]
 
 
-def test_the_deployed_forward_is_the_integer_one_below_32_bits(trained):
-    run, loaded = trained
-    images = loaded.test.images[:16]
-    model = deploy.lower(run.network.module, run.variables(4), run.spec(4), loaded.image_size_px)
-    expected = np.asarray(deploy.integer_forward(model, images)).argmax(-1)
-    predict = evaluate.make_predictor(run, loaded, 4, deployed=True)
-    np.testing.assert_array_equal(predict(images), expected)
+def test_every_number_of_a_real_record_can_be_recomputed_from_its_file(evaluated, tmp_path):
+    _, record, outcomes, _ = evaluated
+    stored = json.loads(results.save(tmp_path, "quick", record, outcomes).read_text())
+    arrays = np.load(tmp_path / "quick_outcomes.npz", allow_pickle=False)
+    for cell in stored["cells"]:
+        patched, target, rows = (arrays[f"{field}:{cell['name']}"] for field in ("predictions", "target", "rows"))
+        labels = arrays["labels"][rows]
+        for k, name in enumerate(stored["targets"]):
+            counted = (arrays["clean"][k][rows] == labels) & (labels != target[:, None])
+            rate = cell["success"][name]["asr_correct"]
+            assert (rate["num"], rate["den"]) == ((counted & (patched[k] != labels)).sum(), counted.sum())
+    for k, name in enumerate(stored["targets"]):
+        assert stored["clean_accuracy"][name]["num"] == (arrays["clean"][k] == arrays["labels"]).sum()
 
 
-def test_places_depend_on_seed_patch_and_image_only(trained, pool):
-    run, loaded = trained
-    images, rows = loaded.test.images[:6], np.arange(6)
-    whole = np.asarray(evaluate.make_paste(pool, 1, run.config)(images, rows))
-    parts = [evaluate.make_paste(pool, 1, run.config)(images[i : i + 2], rows[i : i + 2]) for i in (0, 2, 4)]
-    np.testing.assert_array_equal(whole, np.concatenate(parts))
-    assert (whole != images).any(axis=(1, 2, 3)).all()
-    other = run.config.copy_and_resolve_references()
-    other.seed = 1
-    assert (whole != np.asarray(evaluate.make_paste(pool, 1, other)(images, rows))).any()
+def test_the_table_has_a_line_per_cell_and_the_worst_at_the_end(evaluated):
+    lines = results.table(evaluated[1]).splitlines()
+    assert lines[0].split() == ["bits", "32", "4", "3"]
+    assert lines[-2].startswith("worst asr") and lines[-1].startswith("right under all")
 
 
-def test_a_patch_changes_only_the_pixels_under_it(trained, pool):
-    run, loaded = trained
-    images = loaded.test.images[:8]
-    patched = np.asarray(evaluate.make_paste(pool, 0, run.config)(images, np.arange(8)))
-    changed = (patched != images).any(axis=-1).sum(axis=(1, 2))
-    assert changed.max() <= 36  # a 4-px square, 10 % larger and turned, touches at most 6 x 6 pixels
+def test_progress_counts_cells_up_to_the_last(evaluated):
+    said = evaluated[3]
+    assert said[0][:2] == (0, 4) and said[-1] == (4, 4, "") and "sparse_rs|self:4" in said[-2][2]
 
 
-def test_printed_numbers_can_be_recomputed_from_the_saved_outcomes(trained, outcomes, tmp_path):
-    run, _ = trained
-    summary = results.summarise(outcomes, (*BITS, 3), seed=0)
-    record = results.describe(run.config, summary, workdir="runs/tiny", step=run.step, deployed=False)
-    path = results.save(tmp_path, "evaluation", record, outcomes)
-    stored = json.loads(path.read_text())
-    with np.load(tmp_path / "evaluation_outcomes.npz", allow_pickle=False) as arrays:
-        accuracy = (arrays["clean"] == arrays["labels"]).mean(axis=1)
-    for row, bits in enumerate(("32", "4", "3")):
-        assert stored["clean_accuracy"][bits]["rate"] == pytest.approx(accuracy[row])
-        assert f"{100 * accuracy[row]:.1f} %" in results.table(stored)
+def test_a_network_without_gradient_or_with_random_logits_is_flagged(evaluated):
+    subject = evaluated[0]
+    steps = iter(range(100))
+
+    def jumpy(images):
+        return np.eye(10)[np.full(len(images), next(steps) % 10)]
+
+    flat = jax.tree_util.Partial(lambda images: jnp.zeros((images.shape[0], 10)))
+    broken = subject.targets[0]._replace(query=jumpy, logits_fn=flat)
+    flags = evaluate.health_flags(subject._replace(targets=(broken, subject.targets[1])))
+    assert [(flag["flag"], flag["target"]) for flag in flags] == [
+        ("non-deterministic logits", "32"),
+        ("zero gradients", "32"),
+    ]
 
 
-def test_evaluating_twice_gives_the_same_predictions(trained, pool, outcomes):
-    again = evaluate.evaluate(*trained, {"held-out": pool}, bits=(*BITS, 3), deployed=False)
-    jax.tree.map(
-        np.testing.assert_array_equal, again.pools["held-out"].predictions, outcomes.pools["held-out"].predictions
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "error: --workdirs=DIR[,DIR] is needed"),
+        (["--workdirs=nowhere"], "error: no run in nowhere"),
+        (["--workdirs=nowhere", "--preset=huge"], "error: --preset must be one of pools, quick"),
+        (["--workdirs=nowhere", "--extra_bits=9"], "9"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_exit_code_two(tmp_path, arguments, said):
+    done = subprocess.run(
+        [sys.executable, "-m", "triqdef_jax.evaluate", *arguments],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(cells.pathlib.Path(__file__).resolve().parent.parent), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
-
-
-def with_eval(trained, **changes):
-    """The run and its data under other `eval` settings."""
-    run, loaded = trained
-    config = run.config.copy_and_resolve_references()
-    config.eval.update(changes)
-    return run._replace(config=config), loaded
-
-
-def test_batch_size_and_number_of_images_change_no_prediction(trained, pool, outcomes):
-    few = evaluate.evaluate(*with_eval(trained, batch_size=7, images=20), {"held-out": pool}, bits=BITS, deployed=False)
-    np.testing.assert_array_equal(few.ids, outcomes.ids[:20])
-    np.testing.assert_array_equal(few.clean, outcomes.clean[:2, :20])
-    expected = outcomes.pools["held-out"].predictions[:2, :, :20]
-    np.testing.assert_array_equal(few.pools["held-out"].predictions, expected)
-
-
-def test_predictions_under_a_patch_are_those_of_the_network_on_the_pasted_images(trained, pool, outcomes):
-    run, loaded = trained
-    pasted = np.asarray(evaluate.make_paste(pool, 2, run.config)(loaded.test.images[:50], np.arange(50)))
-    for row, bits in enumerate(BITS):
-        expected = run.logits_fn(bits)(jnp.asarray(pasted) / 255.0).argmax(-1)
-        np.testing.assert_array_equal(outcomes.pools["held-out"].predictions[row, 2], expected)
-
-
-def test_every_count_of_the_record_is_that_of_the_stored_predictions(trained, pool, tmp_path):
-    """With bits 3 and 6, which were never trained."""
-    bits = (*BITS, 3, 6)
-    outcomes = evaluate.evaluate(*with_eval(trained, images=16), {"held-out": pool}, bits=bits, deployed=False)
-    record = results.describe(
-        trained[0].config, results.summarise(outcomes, bits, seed=0), workdir="x", step=0, deployed=False
-    )
-    path = results.save(tmp_path, "evaluation", record, outcomes)
-    with np.load(path.with_name("evaluation_outcomes.npz"), allow_pickle=False) as stored:
-        arrays = dict(stored)
-    for row, b in enumerate(bits):
-        predictions = (
-            arrays["clean"][row],
-            arrays["predictions:held-out"][row],
-            arrays["labels"],
-            arrays["target:held-out"],
-        )
-        masks = metrics.success_masks(*predictions)
-        for name, count in metrics.success_counts(*predictions).items():
-            rate = record["pools"]["held-out"]["bits"][str(b)][name]
-            assert (rate["num"], rate["den"]) == (count.num.sum(), count.den.sum())
-            np.testing.assert_array_equal(masks[name].num.sum(axis=1), count.num)
-            np.testing.assert_array_equal(masks[name].den.sum(axis=1), count.den)
-
-
-def test_progress_names_every_patch_of_every_pool(trained, pool):
-    said = []
-    pools = {"a": pool, "b": pool.rows([0])}
-    evaluate.evaluate(*with_eval(trained, images=2), pools, bits=(32,), deployed=False, progress=said.append)
-    assert said == ["a: patch 1/3", "a: patch 2/3", "a: patch 3/3", "b: patch 1/1"]
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,128 +1,91 @@
-"""Evaluate trained runs: `python -m triqdef_jax.evaluate --workdirs=runs/digits[,runs/OTHER] [--deployed] [--extra_bits=3,6]`.
+"""Evaluate trained runs: `python -m triqdef_jax.evaluate --workdirs=runs/digits[,runs/OTHER] [--preset=quick] [--deployed] [--compare=OTHER]`.
 
-Prints clean accuracy per bit-width and the success of patches that training never met: the held-out quarter of its pool, patches of a
-second source network, unseen sizes. Every rate comes with its count and a 95 % interval (`results.py`). Several runs are also set side by side.
-Writes `<workdir>/results/<name>.json` and `<name>_outcomes.npz`.
+Presets: 'pools' (default) meets patches that training never met, made on full-precision networks; 'quick', 'standard' and 'full' add surrogates,
+white-box, adaptive and query attacks, controls, untrained and re-quantized bit-widths; 'curves' asks how success grows with size, steps and restarts.
+Every rate comes with its count and a 95 % interval. Finished cells are kept, so the same command continues where it was stopped.
+Writes `<workdir>/results/<name>.json` and `<name>_outcomes.npz`; `report.py` turns them into a page.
 """
 
-import functools
+import contextlib
+import pathlib
+import subprocess
 import sys
+import time
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
 
 from triqdef_jax import entry
 
-
-def evaluate(trained, data, pools: dict, *, bits: tuple[int, ...], deployed: bool, progress=None):
-    """Predict all test images, clean and under every patch of every pool, at every bit-width.
-
-    Args:
-      trained: `runs.Trained`. data: as from `data.load`. pools: name -> `patch_pool.PatchPool`. bits: trained and other bit-widths.
-      deployed: use the integer forward below 32 bits. progress: called with a line of text now and then.
-
-    Returns:
-      `results.Outcomes`.
-    """
-    from triqdef_jax.results import Outcomes, PoolOutcomes
-
-    predictors = [make_predictor(trained, data, b, deployed=deployed) for b in bits]
-    batch_size = trained.config.eval.batch_size
-    images, labels, ids = _test_arrays(data, batch_size, trained.config.eval.images)
-    clean = _predict(predictors, images, batch_size)
-    outcomes = {}
-    for name, pool in pools.items():
-        predictions = []
-        for index in range(len(pool.values)):
-            if progress:
-                progress(f"{name}: patch {index + 1}/{len(pool.values)}")
-            paste = make_paste(pool, index, trained.config)
-            predictions.append(_predict(predictors, images, batch_size, paste))
-        outcomes[name] = PoolOutcomes(np.stack(predictions, axis=1), pool.target, pool.digest)
-    return Outcomes(labels, ids, clean, outcomes)
+SCREEN = 100  # columns of the progress line
 
 
-def make_predictor(trained, data, bits: int, *, deployed: bool):
-    """Return uint8 images `[B, H, W, 3]` -> predicted classes int32 `[B]` of one bit-width, trained or calibrated for the purpose."""
-    from triqdef_jax import deploy, loop, quantize
+class _Evaluated(NamedTuple):
+    """One run's record, its outcomes (None for curves), and the folder of its results."""
 
-    calibration = None
-    if bits not in trained.network.bits:
-        number = trained.config.data.calibration_images
-        calibration = loop.unit_range(data.heldout.images[:number])
-    variables = trained.variables(bits, calibration)
-    spec = trained.spec(bits)
-    if deployed and bits != quantize.FLOAT_BITS:
-        model = deploy.lower(trained.network.module, variables, spec, data.image_size_px)
-        return lambda images: _argmax(deploy.integer_forward(model, images))
-    predict = _fake_quant_predictor(trained.network.module)
-    return lambda images: predict(variables, spec, images)
+    record: dict
+    outcomes: Any
+    folder: pathlib.Path
 
 
-@functools.cache
-def _fake_quant_predictor(module):
-    import jax
+def main(argv):
+    del argv
+    from triqdef_jax import loop, presets, quantize, results
 
-    def predict(variables, spec, images):
-        logits, _ = module.apply(variables, images.astype(np.float32) / 255.0, spec, "eval")
-        return logits.argmax(axis=-1)
-
-    return jax.jit(predict)
-
-
-def _argmax(logits):
-    return logits.argmax(axis=-1)
-
-
-def make_paste(pool, index: int, config):
-    """Return (uint8 images `[B, H, W, 3]`, row numbers `[B]`) -> the images with one patch each, rounded to uint8.
-
-    Place and jitter are functions of (config.seed, patch, row) only: every bit-width, run and batch size meets the same images.
-    """
-    import jax
-
-    key = jax.random.fold_in(jax.random.key(config.seed), index)
-    patch = (pool.values[index], pool.masks[index], pool.size_px[index])
-    return functools.partial(_jitted_paste(), config.patches.rotation_deg, config.patches.scale_jitter, key, *patch)
-
-
-@functools.cache
-def _jitted_paste():
-    import jax
-    import jax.numpy as jnp
-
-    from triqdef_jax import patches
-
-    def place(rotation_deg, scale_jitter, image_size_px, size_px, key):
-        scales = (1 - scale_jitter, 1 + scale_jitter)
-        one = patches.sample_placements(
-            key, 1, image_size_px=image_size_px, size_px=size_px, rotation_deg=rotation_deg, scale_range=scales
-        )
-        return jax.tree.map(lambda x: x[0], one)
-
-    def paste(rotation_deg, scale_jitter, key, values, mask, size_px, images, rows):
-        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
-        placements = jax.vmap(functools.partial(place, rotation_deg, scale_jitter, images.shape[1], size_px))(keys)
-        values, mask = (jnp.broadcast_to(x, (len(rows), *x.shape)) for x in (values, mask))
-        patched = patches.apply_patches(images.astype(jnp.float32) / 255.0, values, mask, placements)
-        return jnp.round(255.0 * patched).astype(jnp.uint8)
-
-    return jax.jit(paste, static_argnums=(0, 1))
+    options = flags.FLAGS
+    if not options.workdirs:
+        raise entry.UserError("--workdirs=DIR[,DIR] is needed: the directories of trained runs")
+    with entry.user_errors():
+        presets.check(options.preset)
+        extra = tuple(quantize.check_bits(int(b)) for b in options.extra_bits)
+    try:
+        evaluated = [_evaluate_run(workdir, extra, options) for workdir in options.workdirs]
+        other = _evaluate_run(options.compare, extra, options) if options.compare else None
+    except loop.PreemptedError as error:  # while a surrogate was trained
+        print(error, file=sys.stderr)
+        return entry.EXIT_PREEMPTED
+    records = [one.record for one in evaluated]
+    with entry.user_errors():
+        if len(records) > 1 and records[0].get("cells"):
+            cell = records[0]["cells"][0]["name"]
+            print(
+                f"\nside by side, success (asr_correct) of the {cell} patches:\n{results.side_by_side(records, cell)}"
+            )
+        for one in evaluated if other else ():
+            _compare(one, other)
+    _summarise_seeds(evaluated)
+    return 0
 
 
-def _predict(predictors, images, batch_size, paste=None):
-    """Return int32 `[bits, N]`; batches have one size, the last one padded, so that one program serves all."""
-    predictions = []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        padded = np.pad(batch, [(0, batch_size - len(batch))] + [(0, 0)] * 3)
-        if paste is not None:
-            padded = paste(padded, np.arange(start, start + batch_size))
-        predictions.append([np.asarray(predict(padded))[: len(batch)] for predict in predictors])
-    return np.concatenate(predictions, axis=1).astype(np.int32)
+def _evaluate_run(workdir, extra_bits, options):
+    """Evaluate one run under the preset of the command line and write what came out."""
+    from triqdef_jax import results, runs
+
+    with entry.user_errors():
+        trained = runs.load_trained(workdir)
+        subject = make_subject(trained, workdir, options.preset, extra_bits, deployed=options.deployed)
+        if options.preset == "curves":
+            return _Evaluated(measure_curves(subject, progress=_Progress()), None, subject.results)
+        record, outcomes = evaluate(subject, options.preset, with_pools=not options.clean_only, progress=_Progress())
+    name = "evaluation" if options.preset == "pools" else options.preset
+    name = "_".join(["clean" if options.clean_only else name, *["deployed"] * options.deployed])
+    print(_text(record, results.save(subject.results, name, record, outcomes)))
+    return _Evaluated(record, outcomes, subject.results)
 
 
-def _test_arrays(data, batch_size, limit):
+def make_subject(trained, workdir, preset: str, extra_bits=(), *, deployed=False):
+    """Return the `cells.Subject` of a trained run: its targets under a preset and its test images."""
+    from triqdef_jax import cells, data, presets, targets
+
+    loaded = data.load(trained.config.data)
+    names = presets.target_names(preset, trained.config, tuple(extra_bits))
+    rows = tuple(targets.make(trained, loaded, name, deployed=deployed) for name in names)
+    arrays = test_arrays(loaded, trained.config.eval.batch_size, trained.config.eval.images)
+    return cells.Subject(trained, loaded, rows, *arrays, pathlib.Path(workdir), deployed)
+
+
+def test_arrays(data, batch_size: int, limit: int):
     """Return (images uint8 `[N, H, W, 3]`, labels, ids) of the first `limit` test images (0: all)."""
     batches, number = [], 0
     for batch in data.eval_batches("test", batch_size):
@@ -135,55 +98,183 @@ def _test_arrays(data, batch_size, limit):
     )
 
 
-def main(argv):
-    del argv
-    from triqdef_jax import loop, quantize, results
+def evaluate(subject, preset: str, *, with_pools: bool = True, progress=None):
+    """Run all cells of a preset on one run.
 
-    options = flags.FLAGS
-    if not options.workdirs:
-        raise entry.UserError("--workdirs=DIR[,DIR] is needed: the directories of trained runs")
-    with entry.user_errors():
-        extra = tuple(quantize.check_bits(int(b)) for b in options.extra_bits)
-    try:
-        records = [_evaluate_run(workdir, extra, options) for workdir in options.workdirs]
-    except loop.PreemptedError as error:  # while a source network was trained for the patches
-        print(error, file=sys.stderr)
-        return entry.EXIT_PREEMPTED
-    if len(records) > 1 and not options.clean_only:
-        pool = next(iter(records[0]["pools"]))
-        with entry.user_errors():
-            print(
-                f"\nside by side, success (asr_correct) of the {pool} patches:\n{results.side_by_side(records, pool)}"
-            )
-    return 0
+    Args:
+      subject: from `make_subject`. with_pools: False measures clean accuracy alone. progress: called with (cell number, number of cells, text).
 
+    Returns:
+      (record of kind 'evaluation', `results.Outcomes`).
+    """
+    from triqdef_jax import cells, presets, results, sources, verdicts
 
-def _evaluate_run(workdir, extra_bits, options):
-    from triqdef_jax import data, results, runs, sources
-
-    with entry.user_errors():
-        trained = runs.load_trained(workdir)
-        loaded = data.load(trained.config.data)
-        pools = {} if options.clean_only else sources.eval_pools(trained.config, loaded)
-    config = trained.config
-    bits = (*trained.network.bits, *(b for b in extra_bits if b not in trained.network.bits))
-    progress = (lambda text: print(f"\r{text:<60}", end="", file=sys.stderr)) if sys.stderr.isatty() else None
-    outcomes = evaluate(trained, loaded, pools, bits=bits, deployed=options.deployed, progress=progress)
-    if progress:
-        progress("\r")
-    summary = results.summarise(outcomes, bits, seed=config.seed)
-    record = results.describe(config, summary, workdir=workdir, step=trained.step, deployed=options.deployed)
-    name = "_".join(["clean" if options.clean_only else "evaluation", *["deployed"] * options.deployed])
-    path = results.save(f"{workdir}/results", name, record, outcomes)
-    print(
-        f"\n{record['name']}: {record['method']} on {record['data']}, {record['num_images']} test images, {record['forward']} forward"
+    config, tell = subject.config, progress or (lambda *_: None)
+    clean = cells.predict(subject.targets, subject.images, config.eval.batch_size)
+    found = []
+    if with_pools:
+        pools = sources.eval_pools(config, subject.data)
+        plans = presets.plans(preset, config)
+        total = len(pools) + len(plans)
+        now = lambda line: tell(len(found), total, line)
+        for name, pool in pools.items():
+            found.append(cells.pool_cell(name, pool, subject, progress=now))
+        for plan in plans:
+            found.append(cells.run(plan, subject, progress=now))
+        now("")
+    outcomes = results.Outcomes(
+        tuple(target.name for target in subject.targets), subject.labels, subject.ids, clean, tuple(found)
     )
-    print(f"{results.table(record)}\nwritten to {path}")
+    record = _describe(subject, preset) | results.summarise(outcomes, seed=config.seed)
+    if presets.plans(preset, config) and with_pools:
+        record |= {
+            "worst": verdicts.worst(record),
+            "worst_transfer": verdicts.worst(record, access="transfer"),
+            "robust_all": verdicts.robust_all(outcomes),
+            "flags": [*health_flags(subject), *verdicts.masking_flags(outcomes), *verdicts.convergence_flags(outcomes)],
+        }
+    return record, outcomes
+
+
+def _describe(subject, preset):
+    import jax
+
+    from triqdef_jax import presets, results
+
+    described = results.describe(
+        subject.config, workdir=subject.workdir, step=subject.trained.step, deployed=subject.deployed
+    )
+    device = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
+    return described | {"preset": preset, "device": device, "commit": _commit(), "not_run": presets.not_run(preset)}
+
+
+def _commit():
+    """Return the commit of the source tree, with '+' where it was changed since, or None outside a repository."""
+    root = pathlib.Path(__file__).resolve().parent
+    git = lambda *args: subprocess.run(["git", "-C", root, *args], capture_output=True, text=True, check=False).stdout
+    try:
+        return git("rev-parse", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "--", ".").strip()) or None
+    except OSError:  # no git here
+        return None
+
+
+def health_flags(subject) -> list[dict]:
+    """Return flags of the network itself: logits that differ between two calls, images without any gradient."""
+    import jax
+    import jax.numpy as jnp
+
+    from triqdef_jax.attacks.losses import cross_entropy
+
+    images, labels = subject.images[:64], subject.labels[:64]
+    floats = jnp.asarray(images, jnp.float32) / 255.0
+
+    @jax.jit
+    def gradient(logits_fn, images, labels):
+        return jax.grad(lambda x: cross_entropy(logits_fn(x), labels).sum())(images)
+
+    flags_found = []
+    for target in subject.targets:
+        if not np.array_equal(target.query(images), target.query(images)):
+            detail = (
+                "two calls on the same images gave different logits: attacks need the expectation over its randomness"
+            )
+            flags_found.append({"flag": "non-deterministic logits", "target": target.name, "detail": detail})
+        share = float((np.abs(gradient(target.logits_fn, floats, labels)).max(axis=(1, 2, 3)) == 0).mean())
+        if share > 0:
+            detail = f"{100 * share:.0f} % of {len(images)} images have no gradient at all: attacks with gradients cannot start there"
+            flags_found.append({"flag": "zero gradients", "target": target.name, "detail": detail})
+    return flags_found
+
+
+def measure_curves(subject, *, progress=None) -> dict:
+    """Return the record of kind 'curves', success against patch size, steps and restarts, and write it."""
+    from triqdef_jax import cells, files, presets, results
+
+    planned = presets.curve_plans(subject.config, subject.data.image_size_px)
+    total, number, curves = sum(map(len, planned.values())), 0, []
+    clean = cells.predict(subject.targets, subject.images, subject.config.eval.batch_size)
+    names = tuple(target.name for target in subject.targets)
+    for what, points in planned.items():
+        found = []
+        for _, plan in points:
+            found.append(cells.run(plan, subject, progress=lambda line, n=number: progress(n, total, line)))
+            number += 1
+        outcomes = results.Outcomes(names, subject.labels, subject.ids, clean, tuple(found))
+        rates = results.headlines(results.summarise(outcomes, seed=subject.config.seed))
+        points = [{"x": x, "success": rates[plan.name]} for x, plan in points]
+        curves.append(
+            {"title": f"success against {what}", "x": what, "attacked": found[0].about["surrogate"], "points": points}
+        )
+    progress(total, total, "")
+    record = _describe(subject, "curves") | {"kind": "curves", "num_images": len(found[0].rows), "curves": curves}
+    path = subject.results / "curves.json"
+    files.atomic_write_json(path, record)
+    print(f"\n{_curves_text(record)}\nwritten to {path}")
     return record
+
+
+def _curves_text(record):
+    from triqdef_jax import results
+
+    lines = [f"{record['name']}: patch PGD, {record['num_images']} test images, asr_correct on the attacked bit-width"]
+    for curve in record["curves"]:
+        bits = curve["attacked"].removeprefix("self:")
+        lines.append(f"{curve['title']} ({bits} bits)")
+        lines += [f"  {point['x']:>5}  {results.cell(point['success'][bits])}" for point in curve["points"]]
+    return "\n".join(lines)
+
+
+def _text(record, path):
+    from triqdef_jax import results
+
+    head = f"{record['name']}: {record['method']} on {record['data']}, {record['num_images']} test images, {record['forward']} forward"
+    lines = [f"\n{head}", results.table(record)]
+    lines += [f"flag: {flag['flag']} at {flag['target']}: {flag['detail']}" for flag in record.get("flags", ())]
+    return "\n".join([*lines, f"written to {path}"])
+
+
+def _compare(one, other):
+    """Print and write the paired tests of a run against another."""
+    from triqdef_jax import files, verdicts
+
+    comparison = verdicts.compare(one.record, one.outcomes, other.record, other.outcomes)
+    files.atomic_write_json(one.folder / f"comparison-{other.record['name']}.json", comparison)
+    print(f"\n{verdicts.comparison_table(comparison)}")
+
+
+def _summarise_seeds(evaluated):
+    """Print and write what runs that differ in their seed alone have in common; different methods are not seeds of one another."""
+    from triqdef_jax import files, verdicts
+
+    records = [one.record for one in evaluated]
+    if len({record["seed"] for record in records}) < len(records) or len(records) < 2:
+        return
+    with contextlib.suppress(ValueError):
+        summary = verdicts.seeds(records)
+        files.atomic_write_json(evaluated[0].folder / "seeds.json", summary)
+        print(f"\n{verdicts.seeds_table(summary)}")
+
+
+class _Progress:
+    """One line on a terminal: cell, share, time left by the mean cost so far; one line per cell in a log."""
+
+    def __init__(self):
+        self.start, self.last = time.monotonic(), -1
+
+    def __call__(self, number, total, text):
+        left = (time.monotonic() - self.start) / number * (total - number) if number else None
+        line = f"cell {min(number + 1, total)}/{total}  {text}{f'  {left / 60:.0f} min left' if left else ''}"
+        if sys.stderr.isatty():
+            print(f"\r{line:<{SCREEN}}", end="" if number < total else "\n", file=sys.stderr, flush=True)
+        elif number != self.last and number < total and text:
+            print(line, file=sys.stderr, flush=True)
+        self.last = number
 
 
 if __name__ == "__main__":
     flags.DEFINE_list("workdirs", [], "Directories of trained runs.")
+    flags.DEFINE_string("preset", "pools", "How much evidence: pools, quick, standard, full, or curves.")
+    flags.DEFINE_string("compare", "", "Directory of another run: paired tests of each run of --workdirs against it.")
     flags.DEFINE_bool("deployed", False, "Measure the integer forward that ships instead of the fake-quant graph.")
     flags.DEFINE_bool("clean_only", False, "Measure clean accuracy alone, without patches.")
     flags.DEFINE_list("extra_bits", [], "Bit-widths that were not trained, calibrated for this evaluation (3,6).")

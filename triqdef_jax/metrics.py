@@ -187,6 +187,24 @@ def mcnemar(correct_a, correct_b) -> McNemar:
     return McNemar(int((a & b).sum()), only_a, only_b, int((~a & ~b).sum()), float(p_value))
 
 
+def holm(p_values) -> np.ndarray:
+    """Adjust the p-values of several tests of one question, float64 like the input (Holm, 1979).
+
+    Rejecting where the result is below a level keeps the chance of any false rejection below it, whatever the tests' dependence.
+
+    Raises:
+      ValueError: for a p-value outside [0, 1] or an input that is no vector.
+    """
+    p = np.asarray(p_values, float)
+    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"p_values: expected a vector of numbers in [0, 1], got {p_values}")
+    order = np.argsort(p, kind="stable")
+    steps = p[order] * (len(p) - np.arange(len(p)))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return adjusted
+
+
 def _masks(is_success, is_counted):
     is_success, is_counted = np.broadcast_arrays(is_success, is_counted)
     return Count(is_success & is_counted, is_counted)

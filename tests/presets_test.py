@@ -1,0 +1,82 @@
+"""Presets: which cells and rows an evaluation has, and what each leaves out."""
+
+import itertools
+
+import pytest
+
+from triqdef_jax import attacks, presets, surrogates
+from triqdef_jax import config as config_lib
+
+
+def names(preset, config=None):
+    return [plan.name for plan in presets.plans(preset, config or config_lib.default())]
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_every_cell_names_a_known_attack_and_surrogate_and_no_two_are_alike(preset):
+    plans = presets.plans(preset, config_lib.default())
+    assert len({plan.name for plan in plans}) == len(plans)
+    for plan in plans:
+        kind = attacks.get(plan.attack).access
+        assert (plan.surrogate == "") == (kind == "none")
+        if plan.surrogate:
+            surrogates.parse(plan.surrogate)
+        settings = dict(plan.fields)
+        if attacks.get(plan.attack).kind == "per_image":
+            attacks.get(plan.attack).settings(size_px=plan.size_px, **settings)  # accepted
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_every_trained_bit_width_meets_its_own_white_box_attack(preset):
+    for bits in config_lib.default().quant.bits:
+        assert f"patch_pgd|self:{bits}" in names(preset)
+
+
+def test_every_kind_of_attacker_is_in_the_smallest_preset():
+    found = {plan.attack for plan in presets.plans("quick", config_lib.default())}
+    assert found == set(attacks.ATTACKS)
+
+
+def test_full_names_every_surrogate_of_the_run():
+    used = {plan.surrogate for plan in presets.plans("full", config_lib.default())}
+    assert used - {""} == set(surrogates.names(config_lib.default()))
+
+
+def test_the_doubled_cell_is_there_and_has_twice_the_steps():
+    plans = {plan.name: plan for plan in presets.plans("standard", config_lib.default())}
+    (doubled,) = [plan for plan in plans.values() if plan.doubles]
+    assert dict(doubled.fields)["num_steps"] == 2 * dict(plans[doubled.doubles].fields)["num_steps"]
+
+
+def test_rows_are_trained_then_untrained_then_requantized_ones():
+    config = config_lib.default()
+    rows = presets.target_names("quick", config, (7, 4))
+    assert rows[:8] == ("32", "8", "5", "4", "2", "7", "3", "6")
+    assert all(row.startswith("ptq:") for row in rows[8:])
+    assert presets.target_names("pools", config) == ("32", "8", "5", "4", "2")
+    config.quant.bits = (8, 4)  # nothing in float to re-quantize
+    assert presets.target_names("quick", config) == ("8", "4", "3", "6")
+
+
+def test_a_network_of_one_bit_width_has_no_attack_on_all_of_them():
+    config = config_lib.default()
+    config.quant.bits = (4,)
+    assert not [name for name in names("quick", config) if "self:all" in name]
+
+
+def test_curves_reach_the_whole_image_and_double_their_steps():
+    curves = presets.curve_plans(config_lib.default(), 16)
+    sizes = [x for x, _ in curves["patch side (px)"]]
+    assert sizes == sorted(sizes) and sizes[-1] == 16 and 5 in sizes
+    steps = [x for x, _ in curves["steps"]]
+    assert [b / a for a, b in itertools.pairwise(steps)] == [2] * (len(steps) - 1)
+
+
+def test_what_a_preset_leaves_out_is_written_down():
+    assert "surrogate qaa" in [entry["attack"] for entry in presets.not_run("quick")]
+    assert not presets.not_run("full") and not presets.not_run("pools")
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="--preset must be one of pools, quick, standard, full, curves, got 'huge'"):
+        presets.check("huge")

@@ -1,0 +1,375 @@
+"""One cell of the evidence: craft patches with an attack on a surrogate, paste them, predict with every target; cached on disk, so that it resumes.
+
+Universal patches are optimised on training images and meet all test images; per-image attacks work on the first test images themselves. Patches made
+on networks that do not depend on the attacked run lie in the shared folder, so that runs meet the very same ones; the rest in `<workdir>/results`.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from triqdef_jax import attacks, files, loop, patches, quantize, sources, surrogates
+from triqdef_jax.models.multibit import make_outputs_fn
+from triqdef_jax.results import Cell
+from triqdef_jax.runs import Trained
+from triqdef_jax.targets import Target
+
+FORMAT = 1
+SELF = "self"
+ALL_BITS = "all"
+
+
+@dataclasses.dataclass(frozen=True)
+class CellPlan:
+    """What one cell does.
+
+    Attributes:
+      attack: key of `attacks.ATTACKS`. surrogate: 'self:4', 'self:all' or one of `surrogates.names`; '' for controls.
+      size_px: side of the patch. placement: 'random', 'center' or 'corner', where universal patches are pasted; '' for per-image attacks.
+      is_targeted: one patch per target class (universal), else any wrong class. num_patches: universal patches; per-image attacks have 1.
+      num_images: test images that per-image attacks work on, 0 for all. fields: further settings of the attack, as sorted pairs.
+      label: ends the name where the rest does not tell two cells apart. doubles: name of the cell whose steps this one doubles, or ''.
+    """
+
+    attack: str
+    surrogate: str
+    size_px: int
+    placement: str = "random"
+    is_targeted: bool = False
+    num_patches: int = 1
+    num_images: int = 0
+    fields: tuple[tuple[str, Any], ...] = ()
+    label: str = ""
+    doubles: str = ""
+
+    @property
+    def name(self) -> str:
+        return "|".join(part for part in (self.attack, self.surrogate, self.placement, self.label) if part)
+
+
+class Subject(NamedTuple):
+    """The run under attack and the images that judge it.
+
+    Attributes:
+      trained, data: run and data set. targets: its rows. images: uint8 `[N, H, W, 3]`, labels: int32 `[N]`, ids: `[N]`, the test images.
+      workdir: where results go. deployed: integers are measured below 32 bits.
+    """
+
+    trained: Trained
+    data: Any
+    targets: tuple[Target, ...]
+    images: np.ndarray
+    labels: np.ndarray
+    ids: np.ndarray
+    workdir: pathlib.Path
+    deployed: bool
+
+    @property
+    def config(self):
+        return self.trained.config
+
+    @property
+    def results(self) -> pathlib.Path:
+        return self.workdir / "results"
+
+    @property
+    def identity(self) -> str:
+        return files.config_hash([files.config_hash(self.config), self.trained.step])
+
+
+class Crafted(NamedTuple):
+    """What an attack made: arrays (universal: values, masks, size_px, target; per image: images, target, queries) and figures about it."""
+
+    arrays: dict[str, np.ndarray]
+    about: dict[str, Any]
+
+
+def run(plan: CellPlan, subject: Subject, *, progress=None) -> Cell:
+    """Return one cell, from disk where it is finished.
+
+    Args:
+      progress: called with a line of text now and then.
+
+    Raises:
+      ValueError: an unknown attack or surrogate, or settings that do not fit the images.
+      loop.PreemptedError: SIGTERM while a surrogate was trained.
+    """
+    crafted = craft(plan, subject, progress)
+    digest = files.sha256_of_arrays(crafted.arrays)
+    rows = np.arange(crafted.about["num_images"] or len(subject.images), dtype=np.int32)
+    predictions = _measured(plan, subject, crafted, digest, rows, progress)
+    entry = attacks.ATTACKS[plan.attack]
+    about = {
+        "attack": plan.attack,
+        "surrogate": plan.surrogate,
+        "placement": plan.placement or "chosen by the attack",
+        "size_px": plan.size_px,
+        "goal": "targeted" if plan.is_targeted else "untargeted",
+        "access": _access(plan, entry),
+        "seen": _seen(plan, subject.config),
+        **({"doubles": plan.doubles} if plan.doubles else {}),
+        **{key: value for key, value in crafted.about.items() if key != "num_images"},
+    }
+    return Cell(plan.name, about, predictions, crafted.arrays["target"], rows, digest)
+
+
+def pool_cell(name: str, pool, subject: Subject, *, progress=None) -> Cell:
+    """Return the cell of a patch pool from `sources.eval_pools`, patches that were made on full-precision source networks."""
+    config = subject.config
+    arrays = {"values": pool.values, "masks": pool.masks, "size_px": pool.size_px, "target": pool.target}
+    size_px = int(pool.size_px[0])
+    seen = size_px in config.patches.sizes_px
+    plan = CellPlan("pool", name, size_px, num_patches=len(pool.values))
+    rows = np.arange(len(subject.images), dtype=np.int32)
+    digest = files.sha256_of_arrays(arrays)
+    predictions = _measured(plan, subject, Crafted(arrays, {}), digest, rows, progress)
+    about = {
+        "attack": "+".join(config.patches.families),
+        "surrogate": "source network",
+        "placement": "random",
+        "size_px": size_px,
+        "goal": "targeted",
+        "access": "transfer",
+        "seen": {"size": seen, "family": True, "placement": True},
+    }
+    return Cell(name, about, predictions, pool.target, rows, digest)
+
+
+def _access(plan, entry):
+    if entry.access == "none":
+        return "control"
+    if entry.access == "query" or plan.attack == "adaptive":
+        return "query" if entry.access == "query" else "adaptive"
+    family, bits = surrogates.parse(plan.surrogate)
+    if family != SELF:
+        return "transfer"
+    return "adaptive" if bits == ALL_BITS else "white-box"
+
+
+def _seen(plan, config):
+    """What training met: the size, the family of the pool, random places."""
+    return {
+        "size": plan.size_px in config.patches.sizes_px,
+        "family": plan.attack in config.patches.families,
+        "placement": plan.placement in ("", "random"),
+    }
+
+
+def craft(plan: CellPlan, subject: Subject, progress=None) -> Crafted:
+    """Return the patches of a cell, made first if no finished file holds them."""
+    entry = attacks.get(plan.attack)
+    folder = subject.results / "crafted"
+    owner = subject.identity
+    is_own = plan.surrogate.startswith(SELF)
+    if not is_own:
+        folder = pathlib.Path(subject.config.patches.shared_dir) / "crafted"
+        owner = surrogates.identity(subject.config, plan.surrogate, subject.data.num_train) if plan.surrogate else ""
+    settings = make_settings(plan, subject)
+    facts = [
+        FORMAT,
+        plan.attack,
+        plan.surrogate,
+        plan.label,
+        plan.num_images,
+        _plain(settings),
+        owner,
+        subject.config.seed,
+        subject.config.data.name,
+    ]
+    facts.append(subject.deployed and entry.access == "query")  # gradients exist in the fake-quant graph alone
+    facts += [subject.data.image_size_px, subject.config.patches.shape, files.sha256_of_arrays({"ids": subject.ids})]
+    path = folder / f"{plan.attack}-{files.config_hash(facts)}.npz"
+    if not path.with_suffix(".json").is_file():
+        _tell(progress, f"{plan.name}: attacking")
+        start = time.perf_counter()
+        made = CRAFTERS[entry.kind](plan, subject, entry, settings)
+        about = made.about | {"seconds": round(time.perf_counter() - start, 1)}
+        files.atomic_savez(path, **made.arrays)
+        files.atomic_write_json(path.with_suffix(".json"), about)  # last: it marks the arrays as whole
+    with open(path, "rb") as file, np.load(file) as arrays:
+        return Crafted(dict(arrays), json.loads(path.with_suffix(".json").read_text()))
+
+
+def make_settings(plan: CellPlan, subject: Subject):
+    """Return the settings of a cell's attack, whole: they are part of its identity on disk."""
+    entry, fields = attacks.get(plan.attack), dict(plan.fields)
+    if plan.surrogate in (f"{SELF}:{ALL_BITS}", "retrained") and plan.attack != "adaptive":
+        fields["random_logits"] = True  # a bit-width drawn in each step
+    if entry.kind == "per_image":
+        return entry.settings(size_px=plan.size_px, **fields)
+    num = plan.num_patches
+    targets = tuple(k % subject.data.num_classes if plan.is_targeted else -1 for k in range(num))
+    shape = subject.config.patches.shape
+    return entry.settings(size_px=(plan.size_px,) * num, target=targets, shape=shape, **fields)
+
+
+def _craft_universal(plan, subject, entry, settings):
+    logits_fn = surrogate_logits(plan.surrogate, subject) if plan.surrogate else subject.targets[0].logits_fn
+    images, labels = sources.training_images(subject.data, subject.config.patches.source_images)
+    patch, info = entry.attack(_key(plan, subject), logits_fn, images, labels, settings)
+    arrays = {name: np.asarray(getattr(patch, name)) for name in ("values", "masks", "size_px", "target")}
+    return Crafted(arrays, {"settings": _plain(settings), "num_images": 0, "queries": None} | _figures(info))
+
+
+def _craft_per_image(plan, subject, entry, settings):
+    num = min(plan.num_images or len(subject.images), len(subject.images))
+    images, labels = subject.images[:num].astype(np.float32) / 255.0, subject.labels[:num]
+    if plan.attack == "adaptive":
+        network = adaptive_outputs(subject)
+    elif entry.access == "query":
+        network = functools.partial(_query, _own_target(plan, subject))
+    else:
+        network = surrogate_logits(plan.surrogate, subject)
+    needs = {"textures": _textures(plan, subject)} if plan.attack == "patchattack" else {}
+    _, info = entry.attack(_key(plan, subject), network, images, labels, settings, **needs)
+    patched = np.asarray(patches.round_to_uint8(info["images"]))
+    queries = np.asarray(info["queries"]) if "queries" in info else None
+    counted = None if queries is None else {"budget": settings.num_queries, "mean": float(queries.mean())}
+    arrays = {"images": patched, "target": np.array([settings.target], np.int32)}
+    return Crafted(arrays, {"settings": _plain(settings), "num_images": num, "queries": counted} | _figures(info))
+
+
+CRAFTERS = {"universal": _craft_universal, "per_image": _craft_per_image}
+
+
+def _query(target, images):
+    """Logits of float images on the uint8 grid, from the forward that is measured."""
+    return np.asarray(target.query(np.asarray(patches.round_to_uint8(jnp.asarray(images)))))
+
+
+def _own_target(plan, subject):
+    family, bits = surrogates.parse(plan.surrogate)
+    found = [target for target in subject.targets if family == SELF and target.name == str(bits)]
+    if not found:
+        raise ValueError(f"{plan.attack} queries a target of the run itself, self:<bits>; got {plan.surrogate!r}")
+    return found[0]
+
+
+def surrogate_logits(name: str, subject: Subject):
+    """Return the logits_fn of a surrogate; for 'self:all' and 'retrained' a random one, (key, images) -> logits of a bit-width drawn by the key."""
+    family, bits = surrogates.parse(name)
+    if family == SELF and bits != ALL_BITS:
+        return _own_target(CellPlan("", name, 1), subject).logits_fn
+    trained = subject.trained if family == SELF else surrogates.get(subject.config, name, subject.data)
+    network = trained.network
+    if family not in (SELF, "retrained"):
+        return trained.logits_fn(network.bits[-1])
+    slots, specs = [network.slot(b) for b in network.bits], [trained.spec(b) for b in network.bits]
+    return loop.drawn_bit_logits(network, trained.weights, trained.stats, slots, specs)
+
+
+def adaptive_outputs(subject: Subject):
+    """Return {gradient estimator: images -> (logits of all trained bit-widths, feature maps)} of the defended network."""
+    trained, layers = subject.trained, tuple(subject.config.loss.feature_layers)
+    bits = trained.network.bits
+    variables, specs = [trained.variables(b) for b in bits], [trained.spec(b) for b in bits]
+    networks = {name: trained.network.with_estimator(name) for name in quantize.ESTIMATORS}
+    return {name: make_outputs_fn(network, variables, specs, layers=layers) for name, network in networks.items()}
+
+
+def _textures(plan, subject):
+    """The dictionary of PatchAttack's textures, from training images; regions leave room to crop the patch from many places."""
+    images, labels = sources.training_images(subject.data, subject.config.patches.source_images)
+    region_px = min(2 * plan.size_px, subject.data.image_size_px)
+    return attacks.make_textures(_key(plan, subject), images, labels, region_px=region_px)
+
+
+def _key(plan, subject):
+    return loop.stream_key(subject.config.seed, f"attack {plan.attack} {plan.surrogate} {plan.label}")
+
+
+def _figures(info):
+    """Figures of the attack itself worth keeping: losses, best step and the zero-gradient share, where it has them."""
+    kept = {}
+    for name in ("best_loss", "loss", "zero_gradient"):
+        if name in info:
+            kept[f"mean_{name}"] = float(np.mean(info[name]))
+    return kept
+
+
+def _plain(settings):
+    return files.plain(dataclasses.asdict(settings))
+
+
+def _measured(plan, subject, crafted, digest, rows, progress):
+    """Predictions int32 `[T, P, n]`, from disk where they were finished before."""
+    names = [target.name for target in subject.targets]
+    jitter = [subject.config.patches.rotation_deg, subject.config.patches.scale_jitter, subject.config.seed]
+    facts = [FORMAT, digest, plan.placement, names, subject.identity, subject.deployed, jitter]
+    facts.append(files.sha256_of_arrays({"ids": subject.ids[rows]}))
+    path = subject.results / "cells" / f"{files.config_hash(facts)}.npz"
+    if not path.is_file():
+        files.atomic_savez(path, predictions=_predict_cell(plan, subject, crafted, progress))
+    with open(path, "rb") as file, np.load(file) as arrays:
+        return arrays["predictions"]
+
+
+def _predict_cell(plan, subject, crafted, progress):
+    if "images" in crafted.arrays:
+        return predict(subject.targets, crafted.arrays["images"], _batch_size(subject))[:, None]
+    predictions = []
+    for index in range(len(crafted.arrays["values"])):
+        _tell(progress, f"{plan.name}: patch {index + 1}/{len(crafted.arrays['values'])}")
+        paste = make_paste(crafted.arrays, index, subject.config, placement=plan.placement)
+        predictions.append(predict(subject.targets, subject.images, _batch_size(subject), paste))
+    return np.stack(predictions, axis=1)
+
+
+def _batch_size(subject):
+    return subject.config.eval.batch_size
+
+
+def predict(targets, images: np.ndarray, batch_size: int, paste=None) -> np.ndarray:
+    """Return int32 `[T, n]` of uint8 images; batches have one size, the last one padded, so that one program serves all."""
+    predictions = []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        padded = np.pad(batch, [(0, batch_size - len(batch))] + [(0, 0)] * 3)
+        if paste is not None:
+            padded = paste(padded, np.arange(start, start + batch_size))
+        predictions.append([target.predict(padded)[: len(batch)] for target in targets])
+    return np.concatenate(predictions, axis=1).astype(np.int32)
+
+
+def make_paste(arrays: dict, index: int, config, *, placement: str = "random"):
+    """Return (uint8 images `[B, H, W, 3]`, row numbers `[B]`) -> the images with patch `index` each, rounded to uint8.
+
+    Place and jitter are functions of (config.seed, patch, row) only: every target, run and batch size meets the same images.
+    """
+    key = jax.random.fold_in(jax.random.key(config.seed), index)
+    patch = tuple(arrays[name][index] for name in ("values", "masks", "size_px"))
+    jitter = (config.patches.rotation_deg, config.patches.scale_jitter)
+    return functools.partial(_paste, placement, *jitter, key, *patch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _paste(placement, rotation_deg, scale_jitter, key, values, mask, size_px, images, rows):
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
+
+    def place(key):
+        one = patches.sample_placements(
+            key,
+            1,
+            image_size_px=images.shape[1],
+            size_px=size_px,
+            rotation_deg=rotation_deg,
+            scale_range=(1 - scale_jitter, 1 + scale_jitter),
+            location=placement,
+        )
+        return jax.tree.map(lambda x: x[0], one)
+
+    values, mask = (jnp.broadcast_to(x, (len(rows), *x.shape)) for x in (values, mask))
+    patched = patches.apply_patches(images.astype(jnp.float32) / 255.0, values, mask, jax.vmap(place)(keys))
+    return patches.round_to_uint8(patched)
+
+
+def _tell(progress, text):
+    if progress:
+        progress(text)

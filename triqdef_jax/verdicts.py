@@ -1,0 +1,239 @@
+"""What the cells of an evaluation say together: worst cases, masking flags, paired comparison of two runs, seeds.
+
+Tests are McNemar's on images (`metrics.mcnemar`), p-values of one question adjusted by Holm. Nothing here predicts or attacks: records and outcomes
+go in, JSON types come out.
+"""
+
+import numpy as np
+from scipy import stats
+
+from triqdef_jax import metrics, results
+from triqdef_jax.results import HEADLINE, Cell, Outcomes
+
+LEVEL = 0.05  # of the flags' and comparisons' adjusted p-values
+TRANSFER, WHITE_BOX, CONTROL = "transfer", "white-box", "control"
+
+
+def worst(record: dict, *, access: str | None = None) -> dict[str, dict]:
+    """Return per target the cell with the highest headline success, with its rate; controls never count.
+
+    Args:
+      access: take cells of this access alone, for example 'transfer': the aggregated success of an attacker without the weights.
+    """
+    cells = [c for c in record["cells"] if c["access"] != CONTROL and access in (None, c["access"])]
+    found = {}
+    for target in record["targets"]:
+        rates = [(cell["success"][target][HEADLINE], cell["name"]) for cell in cells]
+        counted = [(rate, name) for rate, name in rates if rate["den"]]
+        rate, name = max(counted, key=lambda pair: pair[0]["rate"], default=(_nothing(), None))
+        found[target] = {"cell": name, **{k: v for k, v in rate.items() if k != "per_patch"}}
+    return found
+
+
+def _nothing():
+    return results.wilson(0, 0)
+
+
+def robust_all(outcomes: Outcomes) -> dict[str, dict]:
+    """Return per target the share of images that are right under every patch of every cell that is no control.
+
+    Counted on the images that all these cells share: the mean of the worst case per image, which no single attack shows.
+    """
+    cells = [cell for cell in outcomes.cells if cell.about["access"] != CONTROL]
+    shared = _shared_rows(outcomes, cells)
+    right = outcomes.clean[:, shared] == outcomes.labels[shared]
+    for cell in cells:
+        place = {row: index for index, row in enumerate(cell.rows)}
+        right &= outcomes.correct(cell)[:, [place[row] for row in shared]]
+    return {target: results.wilson(right[i].sum(), len(shared)) for i, target in enumerate(outcomes.targets)}
+
+
+def _shared_rows(outcomes, cells):
+    rows = np.arange(len(outcomes.labels))
+    for cell in cells:
+        rows = np.intersect1d(rows, cell.rows)
+    return rows
+
+
+def masking_flags(outcomes: Outcomes) -> list[dict]:
+    """Return the flags that attacks of different access raise against each other, target by target.
+
+    An attacker who knows more cannot do worse: where a transferred patch or a query attack fools significantly more images than the white-box
+    attack on that very target, the white-box attack failed (masked gradients, too few steps) and its success says nothing about the defence.
+    The strongest patch of a universal cell is compared, its p-value adjusted for all patches and cells that were tried.
+    """
+    flags = []
+    for row, target in enumerate(outcomes.targets):
+        strong = [cell for cell in outcomes.cells if _is_white_box(cell, target)]
+        for access, label in ((TRANSFER, "transfer beats white-box"), ("query", "black-box beats white-box")):
+            weak = [cell for cell in outcomes.cells if cell.about["access"] == access and _meets(cell, target)]
+            flags += _beaten(outcomes, row, strong, weak, label) if strong else []
+    return flags
+
+
+def _is_white_box(cell, target):
+    return cell.about["access"] == WHITE_BOX and cell.about["surrogate"] == f"self:{target}" and len(cell.target) == 1
+
+
+def _meets(cell, target):
+    """Whether a query cell attacked this target itself; a transferred patch meets all."""
+    return cell.about["access"] == TRANSFER or cell.about["surrogate"] == f"self:{target}"
+
+
+def _beaten(outcomes, row, strong, weak, label):
+    """Compare the union of the white-box attacks with every patch of every weaker cell on the images they share."""
+    tests = []
+    for cell in weak:
+        shared = _shared_rows(outcomes, [*strong, cell])
+        right = np.all([_right(outcomes, c, row, shared).all(axis=0) for c in strong], axis=0)
+        for patched in _right(outcomes, cell, row, shared):
+            tests.append((cell.name, metrics.mcnemar(right, patched), len(shared)))
+    adjusted = metrics.holm([test.p_value for _, test, _ in tests])
+    flags = []
+    for (name, test, num), p_value in zip(tests, adjusted, strict=True):
+        if p_value < LEVEL and test.only_a > test.only_b:
+            detail = f"{name} fools {test.only_a} images that the white-box attack does not, and misses {test.only_b}, of {num} (p = {p_value:.2g})"
+            flags.append({"flag": label, "target": outcomes.targets[row], "cell": name, "detail": detail})
+    return list({flag["cell"]: flag for flag in flags}.values())  # one per cell
+
+
+def _right(outcomes: Outcomes, cell: Cell, row: int, images: np.ndarray) -> np.ndarray:
+    """Return bool `[P, images]`."""
+    place = {image: index for index, image in enumerate(cell.rows)}
+    return cell.predictions[row][:, [place[i] for i in images]] == outcomes.labels[images]
+
+
+def convergence_flags(outcomes: Outcomes) -> list[dict]:
+    """Return a flag for each white-box cell that was repeated with twice the steps (`about['doubles']`) and then fooled significantly more."""
+    by_name = {cell.name: cell for cell in outcomes.cells}
+    flags = []
+    for cell in outcomes.cells:
+        single = by_name.get(cell.about.get("doubles"))
+        target = cell.about["surrogate"].removeprefix("self:")
+        if single is None or target not in outcomes.targets:
+            continue
+        row = outcomes.targets.index(target)
+        shared = _shared_rows(outcomes, [single, cell])
+        test = metrics.mcnemar(*(_right(outcomes, c, row, shared).all(axis=0) for c in (single, cell)))
+        if test.p_value < LEVEL and test.only_a > test.only_b:
+            detail = f"twice the steps of {single.name} fool {test.only_a} more images and {test.only_b} fewer (p = {test.p_value:.2g})"
+            flags.append({"flag": "not converged", "target": target, "cell": single.name, "detail": detail})
+    return flags
+
+
+def compare(record_a: dict, outcomes_a: Outcomes, record_b: dict, outcomes_b: Outcomes) -> dict:
+    """Compare two runs, cell by cell and target by target, on the same images: right under every patch of the cell, McNemar, Holm.
+
+    Cells of transferred, control and pool patches must be the very same patches; attacks on the defended network itself differ by nature and
+    are compared when they have the same name and settings.
+
+    Returns:
+      A record of kind 'comparison'; `p_adjusted` is over all its pairs. 'clean' is compared first.
+
+    Raises:
+      ValueError: another data set, other images, other patches, or no cell in common.
+    """
+    if (record_a["data"], record_a["image_ids_sha256"]) != (record_b["data"], record_b["image_ids_sha256"]):
+        raise ValueError(
+            f"{record_a['name']} and {record_b['name']} met different images ({record_a['data']}, {record_a['num_images']} images; "
+            f"{record_b['data']}, {record_b['num_images']}); compare runs of one data set and eval.images"
+        )
+    targets = [target for target in outcomes_a.targets if target in outcomes_b.targets]
+    pairs = _paired(outcomes_a, outcomes_b, targets)
+    adjusted = metrics.holm([pair["p_value"] for pair in pairs])
+    pairs = [pair | {"p_adjusted": float(p)} for pair, p in zip(pairs, adjusted, strict=True)]
+    return {"kind": "comparison", "name_a": record_a["name"], "name_b": record_b["name"], "pairs": pairs}
+
+
+def _paired(a, b, targets):
+    others = {cell.name: cell for cell in b.cells}
+    common = [(cell, others[cell.name]) for cell in a.cells if cell.name in others]
+    if not common:
+        raise ValueError("the two evaluations have no cell in common; evaluate both with the same --preset")
+    pairs = [_pair("clean", t, *(o.clean[o.targets.index(t)] == o.labels for o in (a, b))) for t in targets]
+    for one, other in common:
+        _check_same_attack(one, other)
+        rights = a.correct(one), b.correct(other)
+        pairs += [
+            _pair(one.name, t, *(r[o.targets.index(t)] for r, o in zip(rights, (a, b), strict=True))) for t in targets
+        ]
+    return pairs
+
+
+def _check_same_attack(one, other):
+    is_own = one.about["surrogate"].startswith("self:")
+    same = np.array_equal(one.rows, other.rows) and (
+        one.about.get("settings") == other.about.get("settings") if is_own else one.digest == other.digest
+    )
+    if not same:
+        what = "settings or images" if is_own else "patches"
+        raise ValueError(
+            f"{one.name}: the two runs met different {what}; evaluate both with the same config and preset"
+        )
+
+
+def _pair(cell, target, right_a, right_b):
+    test = metrics.mcnemar(right_a, right_b)
+    return {"cell": cell, "target": target, **test._asdict()}
+
+
+def comparison_table(record: dict) -> str:
+    """Return a comparison as text: a line per cell and target with images right under one run alone, and the adjusted p-value."""
+    width = max(len(pair["cell"]) for pair in record["pairs"])
+    head = f"{'right under every patch of':<{width}}  bits  only {record['name_a']}  only {record['name_b']}  both  neither  p (Holm)"
+    lines = [head]
+    for pair in record["pairs"]:
+        numbers = f"{pair['only_a']:>10}  {pair['only_b']:>10}  {pair['both']:>6}  {pair['neither']:>6}"
+        lines.append(f"{pair['cell']:<{width}}  {pair['target']:>4}  {numbers}  {pair['p_adjusted']:.2g}")
+    return "\n".join(lines)
+
+
+def seeds(records: list[dict]) -> dict:
+    """Summarise runs that differ in their seed alone: mean and standard deviation over seeds, and the t interval of the mean.
+
+    Raises:
+      ValueError: fewer than two records, or records of different methods, data, networks or presets.
+    """
+    kinds = {(r["method"], r["data"], r["model"], r["forward"], r["preset"]) for r in records}
+    if len(records) < 2 or len(kinds) > 1:
+        raise ValueError(
+            f"seeds: expected at least two runs of one method, data set, network and preset, got {len(records)} of {sorted(kinds)}"
+        )
+    cells = set.intersection(*({c["name"] for c in r["cells"]} for r in records))
+    rates = [results.headlines(record) for record in records]
+    targets = records[0]["targets"]
+    return {
+        "kind": "seeds",
+        "names": [record["name"] for record in records],
+        "seeds": [record["seed"] for record in records],
+        "method": records[0]["method"],
+        "clean_accuracy": {t: _spread([r["clean_accuracy"][t]["rate"] for r in records]) for t in targets},
+        "success": {
+            name: {t: _spread([rate[name][t]["rate"] for rate in rates]) for t in targets}
+            for name in (c["name"] for c in records[0]["cells"])
+            if name in cells
+        },
+    }
+
+
+def _spread(values):
+    values = np.array(values, float)
+    mean, sd = float(values.mean()), float(values.std(ddof=1))
+    half = float(stats.t.ppf(0.975, len(values) - 1) * sd / np.sqrt(len(values)))
+    return {"mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "num_seeds": len(values)}
+
+
+def seeds_table(summary: dict) -> str:
+    """Return a seeds summary as text: mean over seeds and the t interval of the mean, a line per cell."""
+    rows = {"clean accuracy": summary["clean_accuracy"]}
+    rows |= {f"asr: {name}": rates for name, rates in summary["success"].items()}
+    width = max(map(len, rows))
+    targets = list(summary["clean_accuracy"])
+    head = f"{len(summary['names'])} seeds of {summary['method']}: mean [95 % t interval]"
+    lines = [head, f"{'bits':<{width}}" + "".join(f"  {target:>20}" for target in targets)]
+    for name, rates in rows.items():
+        cells = (
+            f"{100 * r['mean']:.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}]" for r in map(rates.get, targets)
+        )
+        lines.append(f"{name:<{width}}" + "".join(f"  {cell:>20}" for cell in cells))
+    return "\n".join(lines)
