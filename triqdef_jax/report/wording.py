@@ -1,0 +1,115 @@
+"""Words and numbers as the report prints them: rates with interval and n, names of targets, attacks and attackers."""
+
+from triqdef_jax.report.table import Cell
+
+ACCESS = {
+    "white-box": "Made on the defended network itself",
+    "adaptive": "Adaptive: made on the defended network, against its own idea",
+    "transfer": "Transfer: made on a network of the attacker's",
+    "query": "Query only: sees outputs, never gradients",
+    "control": "Controls: nothing was optimised",
+}
+SURROGATES = {
+    "fp": "an independent full-precision network",
+    "qat:b": "an independent network trained at b bits alone",
+    "qaa": "an independent 2-bit network fine-tuned under switched precision",
+    "self:b": "the defended network at b bits",
+    "self:all": "the defended network at all its bit-widths together",
+    "retrained": "the defence, trained by the attacker with another seed, all bit-widths together",
+}
+TARGETS = {
+    "b bits": "the defended network at a bit-width that it was trained at",
+    "b bits, untrained": "the same backbone, calibrated for a bit-width that training never used",
+    "b bits, ptq": "the same trained weights, quantized again afterwards with another observer, as a vendor would",
+}
+SEEN = "everything seen"
+
+
+def percent(share: float | None) -> str:
+    """Return `44.2 %` for 0.442, `none` for None: nothing was counted."""
+    return "none" if share is None else f"{100 * share:.1f} %"
+
+
+def interval(rate: dict) -> str:
+    """Return the ends of a rate's 95 % interval in percent: `[40.1, 48.3]`, empty where nothing was counted."""
+    if rate.get("low") is None or rate.get("high") is None:
+        return ""
+    return f"[{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+
+
+def count(number: int) -> str:
+    """Return `n 4,050`."""
+    return f"n {number:,}"
+
+
+def rate_text(rate: dict) -> str:
+    """Return a rate in a line: `44.2 % [40.1, 48.3], n 4,050`."""
+    ends = interval(rate)
+    return f"{percent(rate['rate'])}{' ' * bool(ends)}{ends}, {count(rate['den'])}"
+
+
+def rate_cell(rate: dict, *more: str, marks: tuple[str, ...] = (), is_shaded: bool = True) -> Cell:
+    """Return a rate as a cell of a table, shaded by its size; `more` are further notes."""
+    notes = tuple(note for note in (interval(rate), count(rate["den"]), *more) if note)
+    return Cell(percent(rate["rate"]), notes, rate["rate"] if is_shaded else None, marks)
+
+
+def p_value(p: float | None) -> str:
+    """Return a p-value with the precision a reader needs: `0.031`, `< 0.001`."""
+    if p is None:
+        return "none"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def target_name(target: str, record: dict) -> str:
+    """Return what a target is: `4 bits`, `3 bits, untrained`, `4 bits, ptq mse`."""
+    if target.startswith("ptq:"):
+        observer, _, bits = target.rpartition(":")
+        return f"{bits} bits, {observer.replace(':', ' ')}"
+    if not target.isdigit():
+        return target
+    trained = [str(bits) for bits in record.get("quant", {}).get("bits", ())]
+    return f"{target} bits" if not trained or target in trained else f"{target} bits, untrained"
+
+
+def bits_name(target: str) -> str:
+    """Return `4 bits` for `4`; other names as they are."""
+    return f"{target} bits" if target.isdigit() else target
+
+
+def cell_name(cell: dict) -> str:
+    """Return which attack and where its patches were made: `lavan on fp`, or the given name of a pool: `held-out (lavan+gap)`."""
+    if "|" not in cell["name"] and cell["name"] != cell["attack"]:
+        return f"{cell['name']} ({cell['attack']})"
+    surrogate = cell.get("surrogate")
+    return cell["attack"] if surrogate in (None, "", "none", "-") else f"{cell['attack']} on {surrogate}"
+
+
+def cell_notes(cell: dict) -> tuple[str, ...]:
+    """Return what else tells cells apart: `5 px, random place`, `targeted`, `10 patches`, queries."""
+    notes = [f"{cell['size_px']} px, {cell['placement']} place", cell.get("goal", "")]
+    if cell.get("num_patches"):
+        notes.append(f"{cell['num_patches']:,} patches")
+    if cell.get("queries"):
+        notes.append(f"{cell['queries']['budget']:,} queries at most")
+    return tuple(note for note in notes if note)
+
+
+def short_notes(cell: dict) -> tuple[str, ...]:
+    """Return what tells the rows of a matrix apart: size and place, `untargeted`, what training never met, a label in the name."""
+    labels = [part for part in cell["name"].split("|")[1:] if part not in (cell.get("surrogate"), cell["placement"])]
+    novelty = unseen(cell)
+    goal = "untargeted" if cell.get("goal") == "untargeted" else ""
+    notes = (f"{cell['size_px']} px, {cell['placement']}", goal, "" if novelty == SEEN else novelty, *labels)
+    return tuple(note for note in notes if note)
+
+
+def unseen(cell: dict) -> str:
+    """Return what of the patches training never met: `unseen size, placement`, or `everything seen`."""
+    names = [name for name, is_seen in cell.get("seen", {}).items() if not is_seen]
+    return f"unseen {', '.join(names)}" if names else SEEN
+
+
+def changes(point: dict) -> str:
+    """Return the fields in which a point of a grid differs: `loss.alpha=0, loss.beta=2`."""
+    return ", ".join(f"{name}={value}" for name, value in point["changes"].items()) or "as configured"
