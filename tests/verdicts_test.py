@@ -105,8 +105,8 @@ def test_a_comparison_counts_discordant_images_and_adjusts_for_all_its_tests():
     exact = stats.binomtest(10, 10, 0.5).pvalue
     assert pairs["x"]["p_value"] == pytest.approx(exact) and pairs["x"]["p_adjusted"] == pytest.approx(3 * exact)
     assert pairs["clean"]["p_adjusted"] == pairs["y"]["p_adjusted"] == 1.0
-    table = verdicts.comparison_table(record)
-    assert "only one" in table and len(table.splitlines()) == 4
+    lines = verdicts.comparison_table(record, ["4", "2"]).splitlines()
+    assert lines[1].split() == ["bits", "4"] and lines[3].split()[:4] == ["x", "10", ":", "0"] and len(lines) == 5
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,8 @@ def _compare(one, other):
 
     comparison = verdicts.compare(one.record, one.outcomes, other.record, other.outcomes)
     files.atomic_write_json(one.folder / f"comparison-{other.record['name']}.json", comparison)
-    print(f"\n{verdicts.comparison_table(comparison)}")
+    trained = [str(b) for b in one.record["quant"]["bits"]]
+    print(f"\n{verdicts.comparison_table(comparison, trained)}")
 
 
 def _summarise_seeds(evaluated):

@@ -176,14 +176,17 @@ def headlines(record: dict) -> dict[str, dict[str, dict]]:
 def table(record: dict) -> str:
     """Return one record as text: a line per cell with the headline success against each target, clean accuracy first.
 
-    Records of a few cells have a line per target instead.
+    Records of a few cells have a line per target instead; those of many leave out targets that were not trained, which the record has.
     """
     rows = {"clean accuracy": record["clean_accuracy"]}
     rows |= {f"asr: {name}": rates for name, rates in headlines(record).items()}
     if "worst" in record:
         rows["worst asr"] = record["worst"]
         rows["right under all"] = record["robust_all"]
-    return _transposed(rows) if len(rows) > len(record["targets"]) + 1 else _table(rows)
+    if len(rows) <= len(record["targets"]) + 1:
+        return _table(rows)
+    trained = [target for target in record["targets"] if target in map(str, record["quant"]["bits"])]
+    return _transposed(rows, trained)
 
 
 def side_by_side(records: list[dict], cell: str) -> str:
@@ -219,10 +222,9 @@ def _table(columns):
     return "\n".join(lines)
 
 
-def _transposed(rows):
+def _transposed(rows, targets):
     """A line per name, a column per target."""
     first = max(map(len, rows))
-    targets = list(next(iter(rows.values())))
     lines = [f"{'bits':<{first}}" + "".join(f"  {target:>20}" for target in targets)]
     lines += [f"{name:<{first}}" + "".join(f"  {cell(row[t]):>20}" for t in targets) for name, row in rows.items()]
     return "\n".join(lines)

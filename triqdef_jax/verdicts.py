@@ -177,15 +177,22 @@ def _pair(cell, target, right_a, right_b):
     return {"cell": cell, "target": target, **test._asdict()}
 
 
-def comparison_table(record: dict) -> str:
-    """Return a comparison as text: a line per cell and target with images right under one run alone, and the adjusted p-value."""
-    width = max(len(pair["cell"]) for pair in record["pairs"])
-    head = f"{'right under every patch of':<{width}}  bits  only {record['name_a']}  only {record['name_b']}  both  neither  p (Holm)"
-    lines = [head]
-    for pair in record["pairs"]:
-        numbers = f"{pair['only_a']:>10}  {pair['only_b']:>10}  {pair['both']:>6}  {pair['neither']:>6}"
-        lines.append(f"{pair['cell']:<{width}}  {pair['target']:>4}  {numbers}  {pair['p_adjusted']:.2g}")
+def comparison_table(record: dict, targets: list[str]) -> str:
+    """Return a comparison as text, a line per cell: images right under run a alone, under b alone, and the adjusted p-value, per target."""
+    pairs = {(pair["cell"], pair["target"]): pair for pair in record["pairs"]}
+    cells = list(dict.fromkeys(cell for cell, _ in pairs))
+    shown = [target for target in targets if (cells[0], target) in pairs]
+    width = max(len("bits"), *map(len, cells))
+    head = f"right under every patch: images of {record['name_a']} alone : of {record['name_b']} alone, p by McNemar and Holm"
+    lines = [head, f"{'bits':<{width}}" + "".join(f"  {target:>18}" for target in shown)]
+    for cell in cells:
+        texts = (_pair_text(pairs[cell, target]) for target in shown)
+        lines.append(f"{cell:<{width}}" + "".join(f"  {text:>18}" for text in texts))
     return "\n".join(lines)
+
+
+def _pair_text(pair):
+    return f"{pair['only_a']} : {pair['only_b']}  p {pair['p_adjusted']:.2g}"
 
 
 def seeds(records: list[dict]) -> dict:

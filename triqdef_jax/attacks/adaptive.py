@@ -44,7 +44,7 @@ class AdaptiveSettings:
       aggregate: 'mean' of the bit-widths' losses, or 'worst', the largest: then the bit-width that resists most is attacked.
       rescale_margin: mean size of the lead of the label over the other classes to which each bit-width's logits are scaled, 0 to leave
         them alone. At 7 a softmax over ten classes has 1 % left to lose. Far below, cross-entropy pushes all other classes alike: at 1
-        it fooled 48 % instead of 57 % of 64 digits with one start.
+        one start fooled 48 % instead of 57 % (ResNet-8 on digits, 64 images, three keys, mean over five bit-widths).
       estimators: names of the functions to attack through, in order; each image keeps the best of all.
       realign_weight: weight of the similarity between bit-widths, which is raised; 0 for none.
       realign_features: raise the similarity of the feature maps, which FDP pushes down.
