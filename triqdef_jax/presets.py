@@ -17,7 +17,6 @@ CONTROLS = ("grey", "noise", "crop")
 PLACES = ("random", "center", "corner")
 CURVE_STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
 CURVE_RESTARTS = (1, 2, 4, 8)
-ADAPTIVE_RESTARTS = 3  # It draws its places, where patch PGD searches them: a second place gains more than a second gradient.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +148,6 @@ def _white_box(preset, bits, size_px):
     if len(bits) > 1:
         yield pgd(f"{SELF}:{ALL_BITS}", fields=_pairs(fields))
         adaptive = functools.partial(CellPlan, "adaptive", f"{SELF}:{ALL_BITS}", **common)
-        fields |= {"num_restarts": max(preset.white_restarts, ADAPTIVE_RESTARTS)}
         yield adaptive(fields=_pairs(fields))
         aligned = {"realign_weight": 1.0, "realign_gradients": preset.realign_gradients}
         yield adaptive(fields=_pairs(fields | aligned), label="re-aligning")
