@@ -54,6 +54,8 @@ def test_rows_are_trained_then_untrained_then_requantized_ones():
     assert rows[:8] == ("32", "8", "5", "4", "2", "7", "3", "6")
     assert all(row.startswith("ptq:") for row in rows[8:])
     assert presets.target_names("pools", config) == ("32", "8", "5", "4", "2")
+    config.quant.scale = "observed"
+    assert presets.target_names("quick", config)[-2:] == ("ptq:minmax:8", "ptq:minmax:4")
     config.quant.bits = (8, 4)  # nothing in float to re-quantize
     assert presets.target_names("quick", config) == ("8", "4", "3", "6")
 

@@ -9,6 +9,7 @@ import functools
 
 from ml_collections import ConfigDict
 
+from triqdef_jax import ptq
 from triqdef_jax.cells import ALL_BITS, SELF, CellPlan
 
 FLOAT_BITS = 32
@@ -91,8 +92,17 @@ def target_names(name: str, config: ConfigDict, extra_bits: tuple[int, ...] = ()
     trained = tuple(config.quant.bits)
     preset = PRESETS.get(name)
     extra = [b for b in dict.fromkeys((*extra_bits, *(preset.extra_bits if preset else ()))) if b not in trained]
-    ptq = [f"ptq:{observer}:{b}" for observer, b in preset.ptq] if preset and FLOAT_BITS in trained else []
-    return (*(str(b) for b in (*trained, *extra)), *ptq)
+    requantized = (
+        [f"ptq:{observer}:{b}" for observer, b in preset.ptq if observer in _observers(config)] if preset else []
+    )
+    return (*(str(b) for b in (*trained, *extra)), *requantized)
+
+
+def _observers(config):
+    """What can re-quantize the run: nothing without float weights; under observed scales the channel maximum decides anyway."""
+    if FLOAT_BITS not in config.quant.bits:
+        return ()
+    return ("minmax",) if config.quant.scale == "observed" else tuple(ptq.OBSERVERS)
 
 
 def plans(name: str, config: ConfigDict) -> tuple[CellPlan, ...]:
