@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -135,9 +136,17 @@ def test_a_network_without_gradient_or_with_random_logits_is_flagged(evaluated):
         (["--workdirs=nowhere"], "error: no run in nowhere"),
         (["--workdirs=nowhere", "--preset=huge"], "error: --preset must be one of pools, quick"),
         (["--workdirs=nowhere", "--extra_bits=9"], "9"),
+        (["--workdirs={run}", "--compare=nowhere"], "error: no run in nowhere"),
+        (["--workdirs={run}", "--compare={run}", "--preset=curves"], "error: --compare needs a preset with attacks"),
+        (["--workdirs={run}", "--compare={other}"], "is on digits and "),
     ],
 )
-def test_bad_input_ends_in_one_line_and_exit_code_two(tmp_path, arguments, said):
+def test_bad_input_ends_in_one_line_and_exit_code_two(tmp_path, tmp_path_factory, tiny_run, arguments, said):
+    other = tmp_path_factory.mktemp("cifar")
+    config = json.loads((tiny_run[0] / "config.json").read_text())
+    config["data"]["name"] = "cifar10"
+    (other / "config.json").write_text(json.dumps(config))
+    arguments = [argument.format(run=tiny_run[0], other=other) for argument in arguments]
     done = subprocess.run(
         [sys.executable, "-m", "triqdef_jax.evaluate", *arguments],
         cwd=tmp_path,
@@ -149,3 +158,16 @@ def test_bad_input_ends_in_one_line_and_exit_code_two(tmp_path, arguments, said)
     )
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_runs_of_other_seeds_are_summarised_and_others_set_side_by_side(evaluated, tmp_path, monkeypatch, capsys):
+    _, record, outcomes, _ = evaluated
+    runs_of = {"a": {"seed": 0}, "b": {"seed": 1}, "c": {"seed": 0, "name": "other"}}
+    found = {name: evaluate._Evaluated(record | changes, outcomes, tmp_path) for name, changes in runs_of.items()}
+    monkeypatch.setattr(evaluate, "_evaluate_run", lambda workdir, extra, options: found[workdir])
+    monkeypatch.setattr(evaluate, "_check_runs", lambda options: None)
+    for workdirs, said, has_file in (("ac", "side by side", False), ("ab", "2 seeds of qat", True)):
+        options = {"workdirs": list(workdirs), "preset": "quick", "extra_bits": [], "compare": ""}
+        monkeypatch.setattr(evaluate.flags, "FLAGS", types.SimpleNamespace(**options))
+        assert evaluate.main([]) == 0
+        assert said in capsys.readouterr().out and (tmp_path / "seeds.json").is_file() == has_file

@@ -6,7 +6,6 @@ Every rate comes with its count and a 95 % interval. Finished cells are kept, so
 Writes `<workdir>/results/<name>.json` and `<name>_outcomes.npz`; `report.py` turns them into a page.
 """
 
-import contextlib
 import pathlib
 import subprocess
 import sys
@@ -39,6 +38,7 @@ def main(argv):
     with entry.user_errors():
         presets.check(options.preset)
         extra = tuple(quantize.check_bits(int(b)) for b in options.extra_bits)
+        _check_runs(options)
     try:
         evaluated = [_evaluate_run(workdir, extra, options) for workdir in options.workdirs]
         other = _evaluate_run(options.compare, extra, options) if options.compare else None
@@ -48,14 +48,31 @@ def main(argv):
     records = [one.record for one in evaluated]
     with entry.user_errors():
         if len(records) > 1 and records[0].get("cells"):
-            cell = records[0]["cells"][0]["name"]
-            print(
-                f"\nside by side, success (asr_correct) of the {cell} patches:\n{results.side_by_side(records, cell)}"
-            )
+            if len({record["seed"] for record in records}) == len(records):
+                _summarise_seeds(evaluated)  # runs of other seeds met patches of their own
+            else:
+                cell = records[0]["cells"][0]["name"]
+                table = results.side_by_side(records, cell)
+                print(f"\nside by side, success (asr_correct) of the {cell} patches:\n{table}")
         for one in evaluated if other else ():
             _compare(one, other)
-    _summarise_seeds(evaluated)
     return 0
+
+
+def _check_runs(options):
+    """Refuse at once what would otherwise show after minutes: a directory without a run, a comparison that cannot be made."""
+    from triqdef_jax import runs
+
+    configs = [runs.read_config(workdir) for workdir in options.workdirs]
+    if options.compare:
+        if options.preset == "curves" or options.clean_only:
+            raise ValueError("--compare needs a preset with attacks other than curves: pools, quick, standard or full")
+        other = runs.read_config(options.compare)
+        for workdir, config in zip(options.workdirs, configs, strict=True):
+            if config.data.name != other.data.name:
+                raise ValueError(
+                    f"{workdir} is on {config.data.name} and {options.compare} on {other.data.name}; compare runs of one data set"
+                )
 
 
 def _evaluate_run(workdir, extra_bits, options):
@@ -244,16 +261,12 @@ def _compare(one, other):
 
 
 def _summarise_seeds(evaluated):
-    """Print and write what runs that differ in their seed alone have in common; different methods are not seeds of one another."""
+    """Print and write what runs that differ in their seed alone have in common."""
     from triqdef_jax import files, verdicts
 
-    records = [one.record for one in evaluated]
-    if len({record["seed"] for record in records}) < len(records) or len(records) < 2:
-        return
-    with contextlib.suppress(ValueError):
-        summary = verdicts.seeds(records)
-        files.atomic_write_json(evaluated[0].folder / "seeds.json", summary)
-        print(f"\n{verdicts.seeds_table(summary)}")
+    summary = verdicts.seeds([one.record for one in evaluated])
+    files.atomic_write_json(evaluated[0].folder / "seeds.json", summary)
+    print(f"\n{verdicts.seeds_table(summary)}")
 
 
 class _Progress:
