@@ -135,6 +135,35 @@ def test_stablehlo_equals_the_carrier_for_any_batch_and_names_no_float(name):
     np.testing.assert_array_equal(run(pixels[:1]), wanted[:1])
 
 
+@pytest.mark.parametrize("upper", [15, 255])
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_stablehlo_sums_many_channels_on_maps_smaller_than_their_filter(side, upper):
+    rng = np.random.default_rng(side)
+    weights = rng.integers(-127, 128, (3, 3, 64, 64)).astype(np.int8)
+    scales = np.full(64, 2.0**-12, np.float32)
+    conv = ops.Conv(weights, np.zeros(64, np.int32), scales, scales, 1, 1, False, 1, "spread", "out")
+    widen = ops.Conv(
+        np.ones((1, 1, 3, 64), np.int8),
+        np.zeros(64, np.int32),
+        scales,
+        scales * 2**10,
+        1,
+        0,
+        False,
+        1,
+        ops.INPUT,
+        "spread",
+    )
+    pool = ops.MeanPool(np.float32(0.25), side * side, "out", "pooled")
+    classifier = ops.Dense(weights[0, 0, :, :5], np.zeros(5, np.int32), np.float32(1), np.float32(1), "pooled")
+    tensors = {name: ops.Tensor(np.float32(1), 0, upper) for name in ("spread", "out", "pooled")}
+    tensors[ops.INPUT] = ops.Tensor(np.float32(1 / 64), -128, 127)
+    model = ops.IntegerModel((widen, conv, pool, classifier), tensors, side)
+    pixels = random_pixels(16, side)
+    run = runtimes.stablehlo_runner(stablehlo.export_integers(model).serialize(), np.float32(1))
+    np.testing.assert_array_equal(run(pixels), deploy.integer_forward(model, pixels))
+
+
 def test_a_float_in_a_module_is_seen():
     for text in ("tensor<4x3xf32>", "tensor<f64>", "tensor<?x8xbf16>", "%0 : f16", "tensor<2xf8E4M3FN>"):
         assert stablehlo.float_types(text), text

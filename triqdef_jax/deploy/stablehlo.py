@@ -78,12 +78,16 @@ def _conv(operation: ops.Conv, stored, offsets):
 
 
 def _convolve(operation, images, offset):
-    padding = ((0, 0), *((operation.padding,) * 2,) * 2, (0, 0))
+    """Sum products. Zeros are the convolution's own padding: XLA of jaxlib 0.10.2 computes wrong sums where it folds a pad of zeros into an int8
+    convolution of many channels on a map of one or two pixels."""
+    padding = (operation.padding,) * 2
+    if offset:
+        images, padding = jnp.pad(images, ((0, 0), padding, padding, (0, 0)), constant_values=-offset), (0, 0)
     return jax.lax.conv_general_dilated(
-        jnp.pad(images, padding, constant_values=-offset),
+        images,
         jnp.asarray(operation.weights),
         (operation.stride,) * 2,
-        "VALID",
+        (padding, padding),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         preferred_element_type=jnp.int32,
     )
