@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from triqdef_jax import attacks, cells, evaluate, runs
+from triqdef_jax import attacks, cells, evaluate, inference, runs
 from triqdef_jax.cells import CellPlan
 from triqdef_jax.patch_pool import PatchPool
 
@@ -34,30 +34,9 @@ def arrays_of(pool):
 
 
 def pasted(pool, index, subject, rows, **options):
-    return np.asarray(cells.make_paste(arrays_of(pool), index, subject.config, **options)(subject.images[rows], rows))
-
-
-def test_places_depend_on_seed_patch_and_image_only(subject, pool):
-    rows = np.arange(6)
-    whole = pasted(pool, 1, subject, rows)
-    np.testing.assert_array_equal(whole, np.concatenate([pasted(pool, 1, subject, rows[i : i + 2]) for i in (0, 2, 4)]))
-    assert (whole != subject.images[:6]).any(axis=(1, 2, 3)).all()
-    other = subject.config.copy_and_resolve_references()
-    other.seed = 1
-    moved = cells.make_paste(arrays_of(pool), 1, other)(subject.images[:6], rows)
-    assert (whole != np.asarray(moved)).any()
-
-
-def test_a_patch_changes_only_the_pixels_under_it(subject, pool):
-    changed = (pasted(pool, 0, subject, np.arange(8)) != subject.images[:8]).any(axis=-1)
-    assert changed.sum(axis=(1, 2)).max() <= 36  # a 4-px square, 10 % larger and turned, touches at most 6 x 6 pixels
-
-
-def test_placements_lie_where_they_say(subject, pool):
-    changed = (pasted(pool, 0, subject, np.arange(50), placement="center") != subject.images[:50]).any(axis=(0, 3))
-    assert changed[3:5, 3:5].all() and not changed[0].any() and not changed[:, -1].any()
-    corner = (pasted(pool, 0, subject, np.arange(50), placement="corner") != subject.images[:50]).any(axis=(0, 3))
-    assert corner[0, 0] and corner[-1, -1] and corner[0, -1] and corner[-1, 0]
+    return np.asarray(
+        inference.make_paste(arrays_of(pool), index, subject.config, **options)(subject.images[rows], rows)
+    )
 
 
 def test_a_pool_cell_holds_the_predictions_of_every_target_under_every_patch(subject, pool):

@@ -45,6 +45,7 @@ LAYERS = (
         "attack_cost",
         "latency",
         "targets",
+        "inference",
         "cells",
         "presets",
         "spread",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from triqdef_jax import cells, entry, evaluate, presets, results, runs, sources
+from triqdef_jax import entry, evaluate, inference, presets, processes, results, runs, sources
 from triqdef_jax.patch_pool import PatchPool
 from triqdef_jax.presets import Preset
 
@@ -90,7 +90,7 @@ def evaluated(subject, pool):
 def test_every_row_predicts_the_test_images(subject, evaluated):
     assert [target.name for target in subject.targets] == ["32", "4", "3"] == list(evaluated[2].targets)
     np.testing.assert_array_equal(subject.labels, subject.data.test.labels[:50])
-    predicted = cells.predict(subject.targets[:2], subject.images, 16)
+    predicted = inference.predict(subject.targets[:2], subject.images, 16)
     images = jnp.asarray(subject.images) / 255.0
     for row, bits in enumerate((32, 4)):
         np.testing.assert_array_equal(predicted[row], subject.trained.logits_fn(bits)(images).argmax(-1))
@@ -210,6 +210,7 @@ def test_bad_input_is_refused_before_anything_is_loaded(tmp_path, tiny_run, monk
     named = lambda value: value.format(run=tiny_run[0], other=tmp_path) if isinstance(value, str) else value
     options = options_of(**{k: [*map(named, v)] if isinstance(v, list) else named(v) for k, v in changes.items()})
     monkeypatch.setattr(evaluate.flags, "FLAGS", options)
+    monkeypatch.setattr(processes, "from_flags", processes.Start)
     monkeypatch.setattr(runs, "load_trained", lambda workdir: pytest.fail("a run was loaded"))
     with pytest.raises(entry.UserError) as error:
         evaluate.main([])
@@ -262,5 +263,6 @@ def test_runs_of_other_seeds_are_summarised_and_others_set_side_by_side(evaluate
     monkeypatch.setattr(evaluate, "_check_runs", lambda options: None)
     for workdirs, said, has_file in (("ac", "side by side", False), ("ab", "2 seeds of qat", True)):
         monkeypatch.setattr(evaluate.flags, "FLAGS", options_of(workdirs=list(workdirs), preset="quick"))
+        monkeypatch.setattr(processes, "from_flags", processes.Start)
         assert evaluate.main([]) == 0
         assert said in capsys.readouterr().out and (tmp_path / "seeds.json").is_file() == has_file

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from triqdef_jax import cells, probes
+from triqdef_jax import inference, probes
 from triqdef_jax.models.layers import Coded
 from triqdef_jax.objectives.penalties import INPUT_GRADIENT
 from triqdef_jax.patch_pool import PatchPool
@@ -117,7 +117,7 @@ def test_predictions_and_grad_cam_of_a_trained_network_explain_the_same_class(tr
     network = probes.one_bit(run, 4)
     cam = probes.grad_cam(network, images, layer="stage2")
     np.testing.assert_array_equal(cam.classes, network.predict(images))
-    np.testing.assert_array_equal(cam.classes, cells.predict([network], images, 2)[0])
+    np.testing.assert_array_equal(cam.classes, inference.predict([network], images, 2)[0])
     assert cam.heat.shape == (4, 4, 4)
     np.testing.assert_allclose(np.asarray(cam.heat).max((1, 2)), 1.0, rtol=1e-6)  # one division's rounding
 
@@ -128,7 +128,7 @@ def test_each_image_gets_the_next_patch_where_evaluation_pastes_it(trained):
     pool = make_pool(2)
     found = probes.patched(pool, images, run.config)
     for n in range(5):
-        expected = cells.make_paste(pool._asdict(), n % 2, run.config)(images[n : n + 1], np.array([n]))
+        expected = inference.make_paste(pool._asdict(), n % 2, run.config)(images[n : n + 1], np.array([n]))
         np.testing.assert_array_equal(found[n], expected[0])
     assert (found != images).any((1, 2, 3)).all()
 

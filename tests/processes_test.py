@@ -6,20 +6,11 @@ import signal
 
 import numpy as np
 import pytest
-from several_processes import ROOT, run_processes
+from several_processes import CONNECTED, ROOT, run_processes
 
 from triqdef_jax import entry, processes
 
 FLOAT64 = {"JAX_ENABLE_X64": "1"}
-
-# Connects, then runs what follows in a `main` that gets its process number and the script's arguments.
-CONNECTED = """
-import json, os, pathlib, signal, sys
-import jax, numpy as np
-from triqdef_jax import entry, processes, sharding
-with processes.started(processes.complete(processes.Start("on", heartbeat_timeout_s=10))):
-    sys.exit(main(jax.process_index(), *sys.argv[1:]))
-"""
 
 TWENTY_STEPS = """
 def main(rank):

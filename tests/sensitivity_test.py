@@ -11,8 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from triqdef_jax import cells, data, loop, patch_pool, runs, sensitivity, sources, targets
 from triqdef_jax import config as config_lib
+from triqdef_jax import data, inference, loop, patch_pool, runs, sensitivity, sources, targets
 from triqdef_jax.patch_pool import PatchPool
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -114,7 +114,7 @@ def test_rates_are_counts_of_the_networks_predictions_on_the_pasted_images(finis
     right = target.predict(images) == labels
     num = den = 0
     for index, target_class in enumerate(pool.target):
-        pasted = np.asarray(cells.make_paste(pool._asdict(), index, trained.config)(images, np.arange(40)))
+        pasted = np.asarray(inference.make_paste(pool._asdict(), index, trained.config)(images, np.arange(40)))
         counts = right & (labels != target_class)
         num, den = num + (counts & (target.predict(pasted) != labels)).sum(), den + counts.sum()
     measured = record["points"][1]

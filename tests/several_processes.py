@@ -8,6 +8,15 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
+# Connects, then runs what follows in a `main` that gets its process number and the script's arguments.
+CONNECTED = """
+import json, os, pathlib, signal, sys
+import jax, numpy as np
+from triqdef_jax import entry, processes, sharding
+with processes.started(processes.complete(processes.Start("on", heartbeat_timeout_s=10))):
+    sys.exit(main(jax.process_index(), *sys.argv[1:]))
+"""
+
 
 def free_port():
     with socket.socket() as free:

@@ -1,5 +1,6 @@
 """Attacks on eight devices find what they find on one, each device on its own rows."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -8,16 +9,18 @@ import sys
 import jax
 import numpy as np
 import pytest
+from several_processes import CONNECTED, run_processes
 
-from triqdef_jax import spread
+from triqdef_jax import sharding, spread
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 EIGHT_DEVICES = """
+import collections
 import jax, numpy as np
 from jax import numpy as jnp
 from jax.tree_util import Partial
-from triqdef_jax import attacks, sharding, spread
+from triqdef_jax import attacks, inference, sharding, spread
 
 rng = np.random.default_rng(0)
 images = rng.uniform(size=(19, 8, 8, 1)).astype(np.float32)
@@ -40,7 +43,7 @@ def both(name, network, num, **fields):
     entry = attacks.get(name)
     settings = entry.settings(size_px=3, num_steps=4, **fields)
     run = lambda devices: spread.attack_in_batches(
-        entry.attack, jax.random.key(1), network, images[:num], labels[:num], settings, batch_size=16, names=names, num_devices=devices
+        entry.attack, jax.random.key(1), network, images[:num], labels[:num], settings, batch_size=16, names=names, mesh=sharding.data_mesh(devices)
     )
     same(run(1), run(8))
 
@@ -56,6 +59,16 @@ spread.attack_in_batches(
 )
 mesh = sharding.data_mesh()
 assert layouts == [(sharding.batch_sharding(mesh), (24, 8, 8, 1), sharding.replicated(mesh))], layouts
+
+seen = []
+def predict(batch):
+    seen.append((batch.shape, len(batch.sharding.device_set)))
+    return jax.jit(lambda x: x.reshape(len(x), -1).astype(np.int32).sum(axis=1))(batch)
+named = collections.namedtuple("Named", "predict")(predict)
+pixels = (255 * images).astype(np.uint8)
+found = inference.predict([named], pixels, 10)[0]
+np.testing.assert_array_equal(found, pixels.reshape(19, -1).astype(np.int32).sum(axis=1))
+assert seen == [((16, 8, 8, 1), 8)] * 2, seen
 
 plain = Partial(linear, weights[0])
 split = spread.by_rows(plain)
@@ -98,7 +111,7 @@ def test_batches_have_one_size_and_the_rows_that_fill_the_last_up_are_dropped():
         return None, {"images": images + 1, "best_loss": loss, "other": 0}
 
     key = jax.random.key(5)
-    common = dict(batch_size=3, names=("images", "best_loss", "absent"), num_devices=1)
+    common = dict(batch_size=3, names=("images", "best_loss", "absent"), mesh=sharding.data_mesh(1))
     found = spread.attack_in_batches(attack, key, {"a": None}, images, labels, "settings", **common)
     assert [rows for _, rows in calls] == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
     folded = [jax.random.key_data(jax.random.fold_in(key, start)).tolist() for start in (3, 6)]
@@ -110,4 +123,27 @@ def test_batches_have_one_size_and_the_rows_that_fill_the_last_up_are_dropped():
 
 def test_one_device_gets_the_network_as_it_is():
     network = jax.tree_util.Partial(len)
-    assert spread.by_rows(network, num_devices=1) is network
+    assert spread.by_rows(network, mesh=sharding.data_mesh(1)) is network
+
+
+SHARED = """
+def main(rank, folder):
+    from triqdef_jax import spread
+    folder, made = pathlib.Path(folder), []
+    def maker(number):
+        def make():
+            path = folder / str(number)
+            if not path.exists():
+                made.append(number)
+                path.write_text(str(rank))
+            return int(path.read_text())
+        return make
+    print(json.dumps([spread.shared([maker(number) for number in range(5)]), made]))
+    assert spread.sharding.local_mesh().size == 2
+"""
+
+
+def test_processes_make_each_cell_once_and_read_all(tmp_path):
+    for rank, (code, out, err) in enumerate(run_processes(SHARED + CONNECTED, tmp_path, num_devices=2)):
+        assert code == 0, err
+        assert json.loads(out) == [[0, 1, 0, 1, 0], list(range(5))[rank::2]]

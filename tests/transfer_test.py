@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from triqdef_jax import cells, data, probes, transfer
+from triqdef_jax import data, inference, probes, transfer
 from triqdef_jax.attacks import universal
 
 BITS = (32, 4)
@@ -102,7 +102,7 @@ def test_patches_made_on_each_bit_width_are_tried_on_every_one(tiny_config):
     wrong = counted = 0
     clean = networks[0].predict(images)
     for index, target in enumerate(patch["target"]):
-        pasted = cells.make_paste(patch, index, config)(images, np.arange(20))
+        pasted = inference.make_paste(patch, index, config)(images, np.arange(20))
         counts = (clean == labels) & (labels != target)
         wrong += (counts & (networks[0].predict(np.asarray(pasted)) != labels)).sum()
         counted += counts.sum()

@@ -9,13 +9,14 @@ import functools
 import json
 import pathlib
 import time
+import types
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from triqdef_jax import attacks, files, loop, patches, quantize, sources, spread, surrogates
+from triqdef_jax import attacks, files, inference, loop, patches, quantize, sources, spread, surrogates
 from triqdef_jax.models.multibit import make_outputs_fn
 from triqdef_jax.results import Cell
 from triqdef_jax.runs import Trained
@@ -61,7 +62,8 @@ class Subject(NamedTuple):
 
     Attributes:
       trained, data: run and data set. targets: its rows. images: uint8 `[N, H, W, 3]`, labels: int32 `[N]`, ids: `[N]`, the test images.
-      workdir: where results go. deployed: integers are measured below 32 bits.
+      workdir: where results go. deployed: integers are measured below 32 bits. networks: surrogates by name; one that is missing is trained
+        by the cell that needs it, which a single process alone may do.
     """
 
     trained: Trained
@@ -72,6 +74,7 @@ class Subject(NamedTuple):
     ids: np.ndarray
     workdir: pathlib.Path
     deployed: bool
+    networks: Mapping[str, Trained] = types.MappingProxyType({})
 
     @property
     def config(self):
@@ -106,7 +109,7 @@ def run(plan: CellPlan, subject: Subject, *, progress=None) -> Cell:
     crafted = craft(plan, subject, progress)
     digest = files.sha256_of_arrays(crafted.arrays)
     rows = np.arange(crafted.about["num_images"] or len(subject.images), dtype=np.int32)
-    predictions = _measured(plan, subject, crafted, digest, rows, progress)
+    predicted = _measured(plan, subject, crafted, digest, rows, progress)
     entry = attacks.ATTACKS[plan.attack]
     about = {
         "attack": plan.attack,
@@ -119,7 +122,7 @@ def run(plan: CellPlan, subject: Subject, *, progress=None) -> Cell:
         **({"doubles": plan.doubles} if plan.doubles else {}),
         **{key: value for key, value in crafted.about.items() if key != "num_images"},
     }
-    return Cell(plan.name, about, predictions, crafted.arrays["target"], rows, digest)
+    return Cell(plan.name, about, predicted, crafted.arrays["target"], rows, digest)
 
 
 def pool_cell(name: str, pool, subject: Subject, *, progress=None) -> Cell:
@@ -131,7 +134,7 @@ def pool_cell(name: str, pool, subject: Subject, *, progress=None) -> Cell:
     plan = CellPlan("pool", name, size_px, num_patches=len(pool.values))
     rows = np.arange(len(subject.images), dtype=np.int32)
     digest = files.sha256_of_arrays(arrays)
-    predictions = _measured(plan, subject, Crafted(arrays, {}), digest, rows, progress)
+    predicted = _measured(plan, subject, Crafted(arrays, {}), digest, rows, progress)
     about = {
         "attack": "+".join(config.patches.families),
         "surrogate": "source network",
@@ -141,7 +144,7 @@ def pool_cell(name: str, pool, subject: Subject, *, progress=None) -> Cell:
         "access": "transfer",
         "seen": {"size": seen, "family": True, "placement": True},
     }
-    return Cell(name, about, predictions, pool.target, rows, digest)
+    return Cell(name, about, predicted, pool.target, rows, digest)
 
 
 def _access(plan, entry):
@@ -271,7 +274,8 @@ def surrogate_logits(name: str, subject: Subject):
     family, bits = surrogates.parse(name)
     if family == SELF and bits != ALL_BITS:
         return _own_target(CellPlan("", name, 1), subject).logits_fn
-    trained = subject.trained if family == SELF else surrogates.get(subject.config, name, subject.data)
+    own = subject.trained if family == SELF else subject.networks.get(name)
+    trained = own or surrogates.get(subject.config, name, subject.data)
     network = trained.network
     if family not in (SELF, "retrained"):
         return trained.logits_fn(network.bits[-1])
@@ -328,63 +332,17 @@ def _measured(plan, subject, crafted, digest, rows, progress):
 
 def _predict_cell(plan, subject, crafted, progress):
     if "images" in crafted.arrays:
-        return predict(subject.targets, crafted.arrays["images"], _batch_size(subject))[:, None]
-    predictions = []
+        return inference.predict(subject.targets, crafted.arrays["images"], _batch_size(subject))[:, None]
+    found = []
     for index in range(len(crafted.arrays["values"])):
         _tell(progress, f"{plan.name}: patch {index + 1}/{len(crafted.arrays['values'])}")
-        paste = make_paste(crafted.arrays, index, subject.config, placement=plan.placement)
-        predictions.append(predict(subject.targets, subject.images, _batch_size(subject), paste))
-    return np.stack(predictions, axis=1)
+        paste = inference.make_paste(crafted.arrays, index, subject.config, placement=plan.placement)
+        found.append(inference.predict(subject.targets, subject.images, _batch_size(subject), paste))
+    return np.stack(found, axis=1)
 
 
 def _batch_size(subject):
     return subject.config.eval.batch_size
-
-
-def predict(targets, images: np.ndarray, batch_size: int, paste=None) -> np.ndarray:
-    """Return int32 `[T, n]` of uint8 images; batches have one size, the last one padded, so that one program serves all."""
-    if len(images) > batch_size:
-        batch_size = spread.even_batch(len(images), batch_size)
-    predictions = []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        padded = np.pad(batch, [(0, batch_size - len(batch))] + [(0, 0)] * 3)
-        if paste is not None:
-            padded = paste(padded, np.arange(start, start + batch_size))
-        predictions.append([target.predict(padded)[: len(batch)] for target in targets])
-    return np.concatenate(predictions, axis=1).astype(np.int32)
-
-
-def make_paste(arrays: dict, index: int, config, *, placement: str = "random"):
-    """Return (uint8 images `[B, H, W, 3]`, row numbers `[B]`) -> the images with patch `index` each, rounded to uint8.
-
-    Place and jitter are functions of (config.seed, patch, row) only: every target, run and batch size meets the same images.
-    """
-    key = jax.random.fold_in(jax.random.key(config.seed), index)
-    patch = tuple(arrays[name][index] for name in ("values", "masks", "size_px"))
-    jitter = (config.patches.rotation_deg, config.patches.scale_jitter)
-    return functools.partial(_paste, placement, *jitter, key, *patch)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _paste(placement, rotation_deg, scale_jitter, key, values, mask, size_px, images, rows):
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
-
-    def place(key):
-        one = patches.sample_placements(
-            key,
-            1,
-            image_size_px=images.shape[1],
-            size_px=size_px,
-            rotation_deg=rotation_deg,
-            scale_range=(1 - scale_jitter, 1 + scale_jitter),
-            location=placement,
-        )
-        return jax.tree.map(lambda x: x[0], one)
-
-    values, mask = (jnp.broadcast_to(x, (len(rows), *x.shape)) for x in (values, mask))
-    patched = patches.apply_patches(images.astype(jnp.float32) / 255.0, values, mask, jax.vmap(place)(keys))
-    return patches.round_to_uint8(patched)
 
 
 def _tell(progress, text):

@@ -8,6 +8,8 @@ Every rate comes with its count and a 95 % interval. The same command continues 
 Writes `<workdir>/results/<name>.json` and `<name>_outcomes.npz`; `report.py` turns them into a page.
 """
 
+import functools
+import itertools
 import pathlib
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from triqdef_jax import entry
+from triqdef_jax import entry, processes
 
 SCREEN = 100  # columns of the progress line
 
@@ -32,9 +34,13 @@ class _Evaluated(NamedTuple):
 
 def main(argv):
     del argv
+    with processes.started(processes.from_flags()):
+        return _evaluate(flags.FLAGS)
+
+
+def _evaluate(options):
     from triqdef_jax import loop, presets, quantize, results
 
-    options = flags.FLAGS
     if not options.workdirs:
         raise entry.UserError("--workdirs=DIR[,DIR] is needed: the directories of trained runs")
     with entry.user_errors():
@@ -45,7 +51,7 @@ def main(argv):
         evaluated = [_evaluate_run(workdir, extra, options) for workdir in options.workdirs]
         other = _evaluate_run(options.compare, extra, options) if options.compare else None
     except loop.PreemptedError as error:  # while a surrogate was trained
-        print(error, file=sys.stderr)
+        processes.say(str(error), file=sys.stderr)
         return entry.EXIT_PREEMPTED
     records = [one.record for one in evaluated]
     with entry.user_errors():
@@ -55,7 +61,7 @@ def main(argv):
             else:
                 cell = records[0]["cells"][0]["name"]
                 table = results.side_by_side(records, cell)
-                print(f"\nside by side, success (asr_correct) of the {cell} patches:\n{table}")
+                processes.say(f"\nside by side, success (asr_correct) of the {cell} patches:\n{table}")
         for one in evaluated if other else ():
             _compare(one, other)
     return 0
@@ -81,7 +87,7 @@ def _check_runs(options):
 
 def _evaluate_run(workdir, extra_bits, options):
     """Evaluate one run under the preset of the command line and write what came out."""
-    from triqdef_jax import results, runs
+    from triqdef_jax import results, runs, sharding
 
     with entry.user_errors():
         trained = runs.load_trained(workdir)
@@ -89,8 +95,9 @@ def _evaluate_run(workdir, extra_bits, options):
         name = "evaluation" if options.preset == "pools" else options.preset
         name = "_".join(["clean" if options.clean_only else name, *["deployed"] * options.deployed])
         folder = pathlib.Path(workdir) / "results"
-        if finished := _finished(folder / f"{name}.json", identity):
-            print(_text(finished[0], folder / f"{name}.json"))
+        finished = _finished(folder / f"{name}.json", identity)
+        if processes.as_lead_says(finished is not None):
+            processes.say(_text(finished[0], folder / f"{name}.json"))
             return _Evaluated(*finished, folder)
         rows = dict(deployed=options.deployed, defenses=tuple(options.defenses))
         subject = make_subject(trained, workdir, options.preset, extra_bits, **rows)
@@ -98,7 +105,9 @@ def _evaluate_run(workdir, extra_bits, options):
             return _Evaluated(measure_curves(subject, progress=_Progress()), None, subject.results)
         record, outcomes = evaluate(subject, options.preset, with_pools=not options.clean_only, progress=_Progress())
     record |= {"identity": identity}
-    print(_text(record, results.save(subject.results, name, record, outcomes)))
+    with processes.together():
+        if sharding.is_lead():
+            print(_text(record, results.save(subject.results, name, record, outcomes)))
     return _Evaluated(record, outcomes, subject.results)
 
 
@@ -144,22 +153,16 @@ def evaluate(subject, preset: str, *, with_pools: bool = True, progress=None):
     Returns:
       (record of kind 'evaluation', `results.Outcomes`).
     """
-    from triqdef_jax import cells, presets, results, sources, targets, verdicts
+    from triqdef_jax import inference, presets, results, sources, targets, verdicts
 
     config, tell = subject.config, progress or (lambda *_: None)
     defended = tuple(target.name for target in subject.targets if targets.parse(target.name).defense)
-    clean = cells.predict(subject.targets, subject.images, config.eval.batch_size)
+    clean = inference.predict(subject.targets, subject.images, config.eval.batch_size)
     found = []
     if with_pools:
         pools = sources.eval_pools(config, subject.data) if presets.meets_pools(preset) else {}
         plans = presets.plans(preset, config, defended)
-        total = len(pools) + len(plans)
-        now = lambda line: tell(len(found), total, line)
-        for name, pool in pools.items():
-            found.append(cells.pool_cell(name, pool, subject, progress=now))
-        for plan in plans:
-            found.append(cells.run(plan, subject, progress=now))
-        now("")
+        found = _make_cells(subject, pools, plans, tell)
     outcomes = results.Outcomes(
         tuple(target.name for target in subject.targets), subject.labels, subject.ids, clean, tuple(found)
     )
@@ -179,6 +182,22 @@ def evaluate(subject, preset: str, *, with_pools: bool = True, progress=None):
             "checks": [*verdicts.checks(outcomes, found), *sound],
         }
     return record, outcomes
+
+
+def _make_cells(subject, pools, plans, tell):
+    """Return the cells of pools and plans, in this order; the networks that attackers need are trained first, by all processes together."""
+    from triqdef_jax import cells, spread, surrogates
+
+    needed = dict.fromkeys(plan.surrogate for plan in plans if plan.surrogate)
+    foreign = [name for name in needed if surrogates.parse(name)[0] != cells.SELF]
+    subject = subject._replace(networks={name: surrogates.get(subject.config, name, subject.data) for name in foreign})
+    jobs = [functools.partial(cells.pool_cell, name, pool) for name, pool in pools.items()]
+    jobs += [functools.partial(cells.run, plan) for plan in plans]
+    now = lambda number: functools.partial(tell, number, len(jobs))
+    with processes.leaving_at_once("cells"):
+        found = spread.shared([functools.partial(job, subject, progress=now(n)) for n, job in enumerate(jobs)])
+    now(len(jobs))("")
+    return found
 
 
 def certify(subject) -> dict[str, dict]:
@@ -253,28 +272,28 @@ def health_flags(subject) -> list[dict]:
 
 def measure_curves(subject, *, progress=None) -> dict:
     """Return the record of kind 'curves', success against patch size, steps and restarts, and write it."""
-    from triqdef_jax import cells, files, presets, results
+    from triqdef_jax import files, inference, presets, results, sharding
 
     planned = presets.curve_plans(subject.config, subject.data.image_size_px)
-    total, number, curves = sum(map(len, planned.values())), 0, []
-    clean = cells.predict(subject.targets, subject.images, subject.config.eval.batch_size)
+    asked = [plan for points in planned.values() for _, plan in points]
+    made = iter(_make_cells(subject, {}, asked, progress or (lambda *_: None)))
+    curves = []
+    clean = inference.predict(subject.targets, subject.images, subject.config.eval.batch_size)
     names = tuple(target.name for target in subject.targets)
     for what, points in planned.items():
-        found = []
-        for _, plan in points:
-            found.append(cells.run(plan, subject, progress=lambda line, n=number: progress(n, total, line)))
-            number += 1
+        found = list(itertools.islice(made, len(points)))
         outcomes = results.Outcomes(names, subject.labels, subject.ids, clean, tuple(found))
         rates = results.headlines(results.summarise(outcomes, seed=subject.config.seed))
         points = [{"x": x, "success": rates[plan.name]} for x, plan in points]
         curves.append(
             {"title": f"success against {what}", "x": what, "attacked": found[0].about["surrogate"], "points": points}
         )
-    progress(total, total, "")
     record = _describe(subject, "curves") | {"kind": "curves", "num_images": len(found[0].rows), "curves": curves}
     path = subject.results / "curves.json"
-    files.atomic_write_json(path, record)
-    print(f"\n{_curves_text(record)}\nwritten to {path}")
+    with processes.together():
+        if sharding.is_lead():
+            files.atomic_write_json(path, record)
+            print(f"\n{_curves_text(record)}\nwritten to {path}")
     return record
 
 
@@ -314,21 +333,23 @@ def _defended_text(record, target):
 
 def _compare(one, other):
     """Print and write the paired tests of a run against another."""
-    from triqdef_jax import files, verdicts
+    from triqdef_jax import files, sharding, verdicts
 
     comparison = verdicts.compare(one.record, one.outcomes, other.record, other.outcomes)
-    files.atomic_write_json(one.folder / f"comparison-{other.record['name']}.json", comparison)
+    if sharding.is_lead():
+        files.atomic_write_json(one.folder / f"comparison-{other.record['name']}.json", comparison)
     trained = [str(b) for b in one.record["quant"]["bits"]]
-    print(f"\n{verdicts.comparison_table(comparison, trained)}")
+    processes.say(f"\n{verdicts.comparison_table(comparison, trained)}")
 
 
 def _summarise_seeds(evaluated):
     """Print and write what runs that differ in their seed alone have in common."""
-    from triqdef_jax import files, verdicts
+    from triqdef_jax import files, sharding, verdicts
 
     summary = verdicts.seeds([one.record for one in evaluated])
-    files.atomic_write_json(evaluated[0].folder / "seeds.json", summary)
-    print(f"\n{verdicts.seeds_table(summary)}")
+    if sharding.is_lead():
+        files.atomic_write_json(evaluated[0].folder / "seeds.json", summary)
+    processes.say(f"\n{verdicts.seeds_table(summary)}")
 
 
 class _Progress:
@@ -355,4 +376,5 @@ if __name__ == "__main__":
     flags.DEFINE_bool("clean_only", False, "Measure clean accuracy alone, without patches.")
     flags.DEFINE_list("defenses", [], "Defences to measure too: median, gaussian, tv, jedi, diffpure, patchcleanser.")
     flags.DEFINE_list("extra_bits", [], "Bit-widths that were not trained, calibrated for this evaluation (3,6).")
+    processes.define_flags()
     entry.run_program(main)

@@ -16,8 +16,8 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from triqdef_jax import cells, loop, perceptual, quantize, train_step
 from triqdef_jax import config as config_lib
+from triqdef_jax import inference, loop, perceptual, quantize, train_step
 from triqdef_jax.objectives.penalties import INPUT_GRADIENT
 
 
@@ -220,5 +220,5 @@ def patched(pool, images: np.ndarray, config: ConfigDict) -> np.ndarray:
     out = np.empty_like(images)
     for index in range(min(num_patches, num_images)):
         rows = np.resize(np.arange(index, num_images, num_patches), -(-num_images // num_patches))  # one shape for all
-        out[rows] = cells.make_paste(pool._asdict(), index, config)(images[rows], rows)
+        out[rows] = inference.make_paste(pool._asdict(), index, config)(images[rows], rows)
     return out

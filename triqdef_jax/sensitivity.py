@@ -17,9 +17,7 @@ import contextlib
 import importlib.metadata
 import itertools
 import json
-import os
 import pathlib
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,9 +26,9 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from triqdef_jax import cells, entry, files, loop, probes, results, runs, sources, targets
 from triqdef_jax import config as config_lib
 from triqdef_jax import data as data_lib
+from triqdef_jax import entry, files, inference, loop, probes, processes, results, runs, sources, targets
 from triqdef_jax.checkpoints import CheckpointError
 
 FILE, TABLE_FILE, POINT_FILE = "sensitivity.json", "sensitivity.txt", "point.json"
@@ -173,11 +171,12 @@ def _rates(trained, data, pool):
     images, labels = probes.first_test_images(data, config.eval.images)
     arrays, size = pool._asdict(), config.eval.batch_size
     predictions = [
-        cells.predict(rows, images, size, cells.make_paste(arrays, index, config)) for index in range(len(pool.values))
+        inference.predict(rows, images, size, inference.make_paste(arrays, index, config))
+        for index in range(len(pool.values))
     ]
     numbers = np.arange(len(labels))
     cell = results.Cell(POOL, {}, np.stack(predictions, axis=1), pool.target, numbers, pool.digest)
-    clean = cells.predict(rows, images, size)
+    clean = inference.predict(rows, images, size)
     outcomes = results.Outcomes(tuple(row.name for row in rows), labels, numbers, clean, (cell,))
     summary = results.summarise(outcomes, seed=config.seed)
     success = summary["cells"][0]["success"]
@@ -255,13 +254,6 @@ def _cell(rate):
     return f"{100 * rate['rate']:.1f} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
 
 
-def _preempt(*_):
-    """Leave at once: files are whole or absent, and an exception thrown into XLA while it compiles may crash the interpreter."""
-    said = "preempted between two runs of the grid; what is finished is kept, the same command continues"
-    print(said, file=sys.stderr, flush=True)
-    os._exit(entry.EXIT_PREEMPTED)
-
-
 def main(argv):
     del argv
     config = _CONFIG.value
@@ -273,8 +265,7 @@ def main(argv):
             loaded = data_lib.load(config.data)
             runs.open_workdir(root, config)
             held.enter_context(files.exclusive(root / runs.LOCK_FILE))
-        # During training the loop's own handler saves first.
-        held.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _preempt))
+        held.enter_context(processes.leaving_at_once("runs of the grid"))
         try:
             say = lambda text: print(text, file=sys.stderr, flush=True)
             record = run_grid(config, points, root, loaded, progress=say)

@@ -31,6 +31,11 @@ def data_mesh(num_devices: int | None = None) -> Mesh:
     return jax.make_mesh((num_devices,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:num_devices])
 
 
+def local_mesh() -> Mesh:
+    """Returns a mesh of the same axis over the devices of this process alone, for work that the others do not share."""
+    return jax.make_mesh((jax.local_device_count(),), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.local_devices())
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding that splits the leading axis over the devices, contiguous rows to each."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
@@ -78,7 +83,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     for leaf in jax.tree.leaves(batch):
         if not np.ndim(leaf):
             raise ValueError("every leaf of a batch needs a leading batch axis; got a scalar")
-        check_batch(np.shape(leaf)[0] * jax.process_count(), mesh)
+        check_batch(np.shape(leaf)[0] * len({device.process_index for device in mesh.devices.flat}), mesh)
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch)
 

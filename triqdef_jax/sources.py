@@ -141,7 +141,8 @@ def _get(config, wanted, source_index, data):
         sizes = "/".join(map(str, wanted.sizes_px))
         processes.say(f"making {wanted.num_patches} patches of {sizes} px", file=sys.stderr)
         images, labels = training_images(data, config.patches.source_images)
-        return spread.by_rows(trained.logits_fn(trained.network.bits[0])), images, labels
+        logits_fn = trained.logits_fn(trained.network.bits[0])
+        return spread.by_rows(logits_fn, mesh=sharding.data_mesh()), images, labels
 
     return patch_pool.get(wanted, config.patches.shared_dir, build_source)
 

@@ -1,7 +1,8 @@
-"""How attacks use all devices: batches of images split by rows as in training, and networks that split whatever batch they are given.
+"""How attacks use all devices: batches of images split by rows, networks that split whatever batch they are given, cells shared by processes.
 
 Attacks know no devices. Per-image attacks follow the layout of their images; universal ones fold patches and images into a batch of their
-own, so that their network does the splitting. Left out: attacks by query, which run on the host, and several processes.
+own, so that their network does the splitting. Of several processes each works on cells of its own, with its own devices. Left out: attacks by
+query, which run on the host.
 """
 
 import functools
@@ -10,9 +11,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from jax import numpy as jnp
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 
-from triqdef_jax import sharding
+from triqdef_jax import processes, sharding
 
 
 def attack_in_batches(
@@ -25,7 +27,7 @@ def attack_in_batches(
     *,
     batch_size: int,
     names: tuple[str, ...],
-    num_devices: int | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, np.ndarray]:
     """Attack images in batches of one size, each split over the devices and filled up with its last image where it is too small.
 
@@ -41,12 +43,12 @@ def attack_in_batches(
       settings: of the attack.
       batch_size: most images of a batch, without those that fill it up to a multiple of the devices.
       names: what to return of the attack's info, arrays whose last axis runs over images, or 'images' themselves; absent ones are left out.
-      num_devices: the first so many, None for all.
+      mesh: the devices, None for those of this process.
 
     Returns:
       The arrays of all images.
     """
-    mesh = sharding.data_mesh(num_devices)
+    mesh = mesh or sharding.local_mesh()
     network = sharding.replicate(network, mesh)
     size, parts = even_batch(len(images), batch_size), []
     on_devices = -(-size // mesh.size) * mesh.size
@@ -62,12 +64,28 @@ def attack_in_batches(
     return {name: np.concatenate([part[name] for part in parts], axis=axis) for name, axis in axes.items()}
 
 
+def shared(makers: list[Callable]) -> list:
+    """Return what functions make and keep on disk; of several processes each makes its share, and all read all.
+
+    Args:
+      makers: the same in every process; within them processes must not talk to each other.
+
+    Raises:
+      UserError: another process failed.
+    """
+    if jax.process_count() > 1:
+        with processes.together():
+            for make in makers[jax.process_index() :: jax.process_count()]:
+                make()
+    return [make() for make in makers]
+
+
 def even_batch(num_images: int, batch_size: int) -> int:
     """Return the size of the smallest equal batches, of at most `batch_size`, that are as few as possible: 450 images at 256 make two of 225."""
     return -(-num_images // -(-num_images // batch_size))
 
 
-def by_rows(network: Partial, *, num_devices: int | None = None) -> Partial:
+def by_rows(network: Partial, *, mesh: Mesh | None = None) -> Partial:
     """Return the network that computes each device's share of a batch there, for any number of images.
 
     Images come and logits go whole on every device, so that what the attack does around the network needs no layout. Of the gradient one
@@ -75,9 +93,9 @@ def by_rows(network: Partial, *, num_devices: int | None = None) -> Partial:
 
     Args:
       network: ``(*others, images [N, ...]) -> logits [N, K]`` with its arrays.
-      num_devices: the first so many, None for all.
+      mesh: the devices, None for those of this process.
     """
-    mesh = sharding.data_mesh(num_devices)
+    mesh = mesh or sharding.local_mesh()
     if mesh.size == 1:
         return network
     return Partial(_split(network.func, mesh), *sharding.replicate(network.args, mesh))

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from triqdef_jax import cells, metrics, sources
 from triqdef_jax import config as config_lib
+from triqdef_jax import inference, metrics, sources
 from triqdef_jax.attacks import universal
 from triqdef_jax.attacks.settings import make_settings
 from triqdef_jax.probes import OneBit
@@ -89,16 +89,16 @@ def by_attack(
     """
     settings = _settings(config, num_steps)
     training = sources.training_images(data, config.patches.source_images)
-    clean = cells.predict(networks, images, config.eval.batch_size)
+    clean = inference.predict(networks, images, config.eval.batch_size)
     matrix = np.zeros((len(networks), len(networks)))
     for row, source in enumerate(networks):
         if progress:
             progress(f"patches on bit-width {source.bits}")
         patch, _ = universal.attack(jax.random.key(config.seed), source.logits_fn, *training, settings)
         arrays = {name: np.asarray(array) for name, array in patch._asdict().items()}
-        pastes = [cells.make_paste(arrays, index, config) for index in range(len(settings.target))]
+        pastes = [inference.make_paste(arrays, index, config) for index in range(len(settings.target))]
         predictions = np.stack(
-            [cells.predict(networks, images, config.eval.batch_size, paste) for paste in pastes], axis=1
+            [inference.predict(networks, images, config.eval.batch_size, paste) for paste in pastes], axis=1
         )
         for column, per_patch in enumerate(predictions):
             count = metrics.success_counts(clean[column], per_patch, labels, arrays["target"])[HEADLINE]
