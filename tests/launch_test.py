@@ -11,7 +11,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"]
 CONFIGS = ("digits.py", "digits.py:patch_ce", "digits.py:qat")
 WORKDIRS = ("runs/digits", "runs/digits-patch_ce", "runs/digits-qat")
 EVALUATE = f"-m triqdef_jax.evaluate --workdirs={','.join(WORKDIRS)}"
