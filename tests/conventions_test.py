@@ -52,6 +52,7 @@ LAYERS = (
         "shipping",
         "report",  # its tables are also those of studies
         "studies",
+        "checks",
     ),
     (
         "train",
