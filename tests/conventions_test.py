@@ -54,6 +54,7 @@ LAYERS = (
         "shipping",
         "report",  # its tables are also those of studies
         "studies",
+        "checks",
     ),
     (
         "train",

@@ -1,6 +1,7 @@
 """Launch scripts: clean under shellcheck, and doing what they say. The programs they start are tested elsewhere and
 take minutes, so a stand-in interpreter records here what would have been run."""
 
+import importlib.util
 import os
 import pathlib
 import re
@@ -11,7 +12,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"]
 CONFIGS = ("digits.py", "digits.py:patch_ce", "digits.py:qat")
 WORKDIRS = ("runs/digits", "runs/digits-patch_ce", "runs/digits-qat")
 EVALUATE = f"-m triqdef_jax.evaluate --workdirs={','.join(WORKDIRS)}"
@@ -140,6 +141,16 @@ def test_changed_requirements_are_installed(launch):
         file.write("einops\n")
     _, commands = launch("quickstart.sh")
     assert commands[1].startswith("-m pip install")
+
+
+def test_the_page_on_launchers_names_what_exists():
+    text = (ROOT / "launch" / "README.md").read_text()
+    assert {path.name for path in (ROOT / "launch").iterdir()} >= set(re.findall(r"launch/([\w.]+)", text))
+    assert set(re.findall(r"-m triqdef_jax\.(\w+)", text)) == {"train", "doctor"}
+    for file, variant in re.findall(r"--config=configs/(\w+\.py):?(\w*)", text):
+        spec = importlib.util.spec_from_file_location("config", ROOT / "configs" / file)
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        module.get_config(variant)  # raises where there is no such variant
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
