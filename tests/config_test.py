@@ -122,6 +122,8 @@ REFUSED = [
         0.3,
         "train.batch_size must be divisible by 10, because loss.patched_frac = 3/10 patches 3 of every 10 images; got 64",
     ),
+    ("model__norm_group", -1, "model.norm_group must be at least 0"),
+    ("model__norm_group", 64, "model.norm_group must divide train.batch_size and its patched part, 32 images; got 64"),
     ("train__batch_size", 33, "train.batch_size must be divisible by 2, because loss.patched_frac = 1/2"),
     *[
         (f"train__{name}", 0, f"train.{name} must be at least 1, got 0")

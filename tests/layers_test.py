@@ -257,6 +257,27 @@ def test_training_normalises_by_the_batch_and_reports_its_numpy_moments():
     np.testing.assert_allclose(output, normalised(values, mean, var, variables["affine"]), rtol=1e-4, atol=1e-5)
 
 
+def test_groups_normalise_each_by_itself_and_report_the_moments_of_all():
+    inputs, variables = accumulator(), norm_variables()
+    spec = quantize.make_bit_spec(4)
+    whole, reported = apply(BitNorm(), variables, inputs, spec, "train")
+    output, changed = apply(BitNorm(2), variables, inputs, spec, "train")
+    halves = [Coded(inputs.values[rows], inputs.scale) for rows in (slice(2), slice(2, 4))]
+    own = [apply(BitNorm(), variables, half, spec, "train")[0] for half in halves]
+    np.testing.assert_allclose(
+        output, np.concatenate(own), rtol=1e-5, atol=1e-6
+    )  # the same float32 sums, compiled twice
+    assert np.abs(output - whole).max() > 0.01
+    for name in ("mean", "var"):  # float32 means of 18 and of 36 values
+        np.testing.assert_allclose(changed["moments"][name], reported["moments"][name], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(apply(BitNorm(4), variables, inputs, spec, "train")[0], whole)
+    np.testing.assert_array_equal(
+        apply(BitNorm(2), variables, inputs, spec, "eval")[0], apply(BitNorm(), variables, inputs, spec, "eval")[0]
+    )
+    with pytest.raises(ValueError, match=r"model\.norm_group=3 must divide the 4 images"):
+        apply(BitNorm(3), variables, inputs, spec, "train")
+
+
 def test_evaluation_normalises_by_the_running_statistics_and_changes_nothing():
     inputs, variables = accumulator(), norm_variables()
     output, changed = apply(BitNorm(), variables, inputs, quantize.make_bit_spec(4), "eval")

@@ -12,7 +12,7 @@ from triqdef_jax.objectives.penalties import PenaltySettings
 
 def make_network(config: ConfigDict, bits: tuple[int, ...] | None = None) -> MultiBitNetwork:
     """Return the network of the run, or the same network under other `bits`."""
-    options = LayerOptions(scale=config.quant.scale, dtype=config.model.dtype)
+    options = LayerOptions(config.quant.scale, config.model.dtype, norm_group=config.model.norm_group)
     quant = config.quant
     return MultiBitNetwork(
         make_model(config.model.name, num_classes=num_classes(config), width=config.model.width, options=options),

@@ -4,7 +4,13 @@ from ml_collections import ConfigDict
 
 DATASETS = {"digits": (16, 10), "cifar10": (32, 10), "imagenet": (224, 1000)}  # default image side in pixels, classes
 # Fields younger than the first runs and caches on disk, see `RunConfig`.
-YOUNG_FIELDS = ("patches.attack_location", "patches.attack_stride_px", "patches.protected_frac", "baselines")
+YOUNG_FIELDS = (
+    "patches.attack_location",
+    "patches.attack_stride_px",
+    "patches.protected_frac",
+    "baselines",
+    "model.norm_group",
+)
 
 
 class RunConfig(ConfigDict):
@@ -46,6 +52,7 @@ def default() -> RunConfig:
                 "name": "resnet8",  # resnet8 | resnet20 | resnet56 | resnet18 | resnet34 | resnet50
                 "width": 16,  # filters of the first stage; 0 means the published number
                 "dtype": "float32",  # operands of multiplications: float32 | bfloat16 (training only)
+                "norm_group": 0,  # images that share batch statistics in training, 0 means the whole batch
             },
             "quant": {
                 "bits": (32, 8, 5, 4, 2),  # any subset of 2..8 plus 32; the order of all per-bit arrays

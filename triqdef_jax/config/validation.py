@@ -63,6 +63,7 @@ def _validate_counts(config):
     for field in ("image_size_px", "train_images", "num_workers", "prefetch"):
         _require(config.data[field] >= 0, f"data.{field} must be at least 0", config.data[field])
     _require(config.model.width >= 0, "model.width must be at least 0", config.model.width)
+    _require(config.model.norm_group >= 0, "model.norm_group must be at least 0", config.model.norm_group)
     _require(config.eval.batch_size >= 1, "eval.batch_size must be at least 1", config.eval.batch_size)
     _require(config.eval.images >= 0, "eval.images must be at least 0", config.eval.images)
 
@@ -120,6 +121,11 @@ def _validate_train(config):
     milestones = tuple(optim.milestones)
     rising = all(isinstance(m, float) and 0 < m < 1 for m in milestones) and list(milestones) == sorted(set(milestones))
     _require(rising, "optim.milestones must be rising fractions of the run between 0 and 1", milestones)
+    for num_images in (config.train.batch_size, round(config.train.batch_size * config.loss.patched_frac)):
+        if config.model.norm_group and num_images % config.model.norm_group:
+            raise ValueError(
+                f"model.norm_group must divide train.batch_size and its patched part, {num_images} images; got {config.model.norm_group}"
+            )
     curriculum.make_stages(config.quant.bits, 1000, config.bact.starts, enabled=config.bact.enabled)
     data = config.data
     _require(data.heldout_images >= 1, "data.heldout_images must be at least 1", data.heldout_images)

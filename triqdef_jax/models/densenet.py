@@ -75,7 +75,7 @@ class NormRead(nn.Module):
 
     @nn.compact
     def __call__(self, stored: Coded, spec: quantize.BitSpec, mode: str) -> Coded:
-        values = BitNorm(name="norm")(as_accumulator(stored), spec, mode)
+        values = BitNorm(self.options.norm_group, name="norm")(as_accumulator(stored), spec, mode)
         return QuantAct(self.options, self.kind, name="act")(nn.relu(values), spec, mode)
 
 

@@ -37,11 +37,13 @@ class LayerOptions:
       dtype: type of the operands of convolutions over channels and of the classifier, 'float32' or 'bfloat16'; everything else is float32.
       estimator: derivative of the rounding of weights and activations, a key of `quantize.ESTIMATORS`; training uses 'clipped'. The
         input's own rounding stays 'clipped': all pixel values lie inside its range, on its grid.
+      norm_group: norms take the statistics of so many consecutive images in training; 0 means of the whole batch.
     """
 
     scale: str = "learned"
     dtype: str = "float32"
     estimator: str = "clipped"
+    norm_group: int = 0
 
 
 class Coded(NamedTuple):
@@ -159,15 +161,21 @@ class QuantDense(nn.Module):
 class BitNorm(nn.Module):
     """Batch normalisation behind an accumulator: y = gain x + bias, the bias rounded to the accumulator's grid on request.
 
-    Statistics in training are those of the whole batch (all devices), gradients flow through them.
+    Statistics in training are those of the whole batch (all devices), or of `group` consecutive images, and gradients flow through them. Groups
+    that lie on one device need nothing from the others, whatever their number.
+
+    Attributes:
+      group: 0 for the whole batch, else a divisor of it.
     """
+
+    group: int = 0
 
     @nn.compact
     def __call__(self, inputs: Coded, spec: quantize.BitSpec, mode: str) -> jax.Array:
         features = inputs.values.shape[-1]
         gamma = self.variable("affine", "gamma", lambda: jnp.ones(features, jnp.float32))
         beta = self.variable("affine", "beta", lambda: jnp.zeros(features, jnp.float32))
-        mean, variance = self._statistics(inputs.values, mode)
+        mean, variance = self._statistics(inputs.values, mode)  # [D], or of each image's group [B, 1, 1, D]
         gain = gamma.value * jax.lax.rsqrt(variance + NORM_EPSILON)
         bias = beta.value - mean * gain
         return inputs.values * gain + on_accumulator_grid(bias, inputs.scale * jnp.abs(gain), spec)
@@ -178,12 +186,17 @@ class BitNorm(nn.Module):
         running_var = self.variable("stats", "var", lambda: jnp.ones(features, jnp.float32))
         if mode == "eval":
             return running_mean.value, running_var.value
-        mean, variance = batch_moments(values)
         if mode == "calibrate":
-            running_mean.value, running_var.value = mean, variance
+            running_mean.value, running_var.value = batch_moments(values)
+            return running_mean.value, running_var.value
+        if self.group in (0, len(values)):
+            mean, variance = whole_mean, whole_variance = batch_moments(values)
         else:
-            _report(self, "mean", jax.lax.stop_gradient(mean))
-            _report(self, "var", jax.lax.stop_gradient(variance))
+            mean, variance = group_moments(values, self.group)
+            whole_mean = jnp.mean(mean, axis=(0, 1, 2))
+            whole_variance = jnp.mean(variance + jnp.square(mean - whole_mean), axis=(0, 1, 2))
+        _report(self, "mean", jax.lax.stop_gradient(whole_mean))
+        _report(self, "var", jax.lax.stop_gradient(whole_variance))
         return mean, variance
 
 
@@ -202,7 +215,7 @@ class ConvNorm(nn.Module):
         conv = QuantConv(
             self.options, self.num_filters, self.size, self.stride, self.is_edge, self.is_depthwise, name="conv"
         )
-        return BitNorm(name="norm")(conv(inputs, spec, mode), spec, mode)
+        return BitNorm(self.options.norm_group, name="norm")(conv(inputs, spec, mode), spec, mode)
 
 
 def as_accumulator(stored: Coded) -> Coded:
@@ -258,6 +271,18 @@ def _batch_moments_bwd(residuals, cotangents):
 
 
 batch_moments.defvjp(_batch_moments_fwd, _batch_moments_bwd)
+
+
+def group_moments(values: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
+    """Return (mean, variance) of the `group` consecutive images around each image, float32 `[B, 1, 1, D]`, of values `[B, h, w, D]`.
+
+    Raises:
+      ValueError: the images are no multiple of the group.
+    """
+    if len(values) % group:
+        raise ValueError(f"model.norm_group={group} must divide the {len(values)} images of a batch")
+    moments = jax.vmap(batch_moments)(values.reshape(-1, group, *values.shape[1:]))
+    return tuple(jnp.repeat(moment, group, axis=0)[:, None, None] for moment in moments)
 
 
 def quantize_weights(module, kernel, spec, code_range, mode, *, axes):
