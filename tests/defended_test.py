@@ -86,7 +86,7 @@ def test_a_record_of_defended_rows_is_written_read_and_printed(evaluated, tmp_pa
 
 def test_surrogates_through_a_defence_are_named_and_others_refused(evaluated):
     assert surrogates.parse("self:jedi:4") == ("self", "jedi:4")
-    with pytest.raises(ValueError, match=r"self:DEFENCE:BITS and self:all.*got 'self:blur:4'"):
+    with pytest.raises(ValueError, match=r"self:DEFENCE:BITS, self:random and self:all.*got 'self:blur:4'"):
         surrogates.parse("self:blur:4")
     with pytest.raises(ValueError, match="queries a target of the run itself"):
         cells.run(cells.CellPlan("sparse_rs", "self:jedi:4", 4, ""), evaluated[0])

@@ -108,6 +108,17 @@ def test_rows_are_trained_then_untrained_then_requantized_ones():
     assert presets.target_names("quick", config) == ("8", "4", "3", "6")
 
 
+def test_a_network_that_predicts_at_random_bit_widths_is_measured_and_attacked_so():
+    config = config_lib.default()
+    assert "random" not in presets.target_names("quick", config)
+    config.loss.method = "dwq"
+    assert presets.target_names("pools", config)[-1] == "random"
+    assert {"patch_pgd|self:random", "sparse_rs|self:random"} <= {*names("quick", config)}
+    assert "random" not in presets.target_names("sanity", config)
+    config.quant.bits = (4,)
+    assert "random" not in presets.target_names("quick", config)
+
+
 def test_a_network_of_one_bit_width_has_no_attack_on_all_of_them():
     config = config_lib.default()
     config.quant.bits = (4,)

@@ -85,6 +85,28 @@ def test_a_random_row_repeats_by_image_and_draws_anew_for_queries(shared):
     assert jax.eval_shape(row.logits_fn, jax.random.key(0), jnp.zeros((8, 8, 8, 3))).shape == (8, 10)
 
 
+def test_a_random_bit_width_is_drawn_for_each_image_and_repeats(trained):
+    run, loaded = trained
+    images = loaded.test.images[:32]
+    row = targets.make(run, loaded, "random")
+    assert (row.name, row.bits, row.is_trained, row.is_random) == ("random", 0, False, True)
+    logits = np.stack([np.asarray(targets.make(run, loaded, name).query(images)) for name in ("32", "4")])
+    measured, asked = row.query(images), row.ask(images)
+    np.testing.assert_array_equal(measured, row.query(images))
+    draws = []
+    for found in (measured, asked):
+        is_narrow = (found == logits[1]).all(axis=1)
+        assert ((found == logits[0]).all(axis=1) != is_narrow).all()  # one or the other
+        assert 8 <= is_narrow.sum() <= 24  # a fair coin leaves this once in 300 salts; these are fixed
+        draws.append(is_narrow)
+    assert (draws[0] != draws[1]).any()
+    np.testing.assert_allclose(row.query(images[5:9]), measured[5:9], rtol=1e-3, atol=1e-3)  # another program
+    integers = targets.make(run, loaded, "random", deployed=True).query(images)
+    exact = targets.make(run, loaded, "4", deployed=True).query(images)
+    np.testing.assert_array_equal(integers[draws[0]], exact[draws[0]])
+    assert jax.eval_shape(row.logits_fn, jax.random.key(0), jnp.zeros((8, 8, 8, 3))).shape == (8, 10)
+
+
 def test_patchcleanser_decides_by_its_masks_and_certifies(shared):
     run, loaded = shared
     images, labels = loaded.test.images[:8], loaded.test.labels[:8]

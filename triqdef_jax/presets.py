@@ -114,8 +114,8 @@ def target_names(
 ) -> tuple[str, ...]:
     """Return the rows of an evaluation: trained bit-widths, untrained ones, the backbone re-quantized (where it was trained in float).
 
-    Each of `defenses` adds a row around the widest and the lowest bit-width, around all where the preset attacks all. 'sanity' has the widest
-    trained bit-width alone.
+    Each of `defenses` adds a row around the widest and the lowest bit-width, around all where the preset attacks all. A run that was trained to
+    predict at random bit-widths adds that. 'sanity' has the widest trained bit-width alone.
     """
     trained = (max(config.quant.bits),) if name == "sanity" else tuple(config.quant.bits)
     preset = PRESETS.get(name)
@@ -124,7 +124,13 @@ def target_names(
         [f"ptq:{observer}:{b}" for observer, b in preset.ptq if observer in _observers(config)] if preset else []
     )
     defended = [f"{defense}:{b}" for defense in defenses for b in _ends(preset, trained)]
-    return (*(str(b) for b in (*trained, *extra)), *requantized, *defended)
+    drawn = _drawn(config) if name != "sanity" else ()
+    return (*(str(b) for b in (*trained, *extra)), *requantized, *drawn, *defended)
+
+
+def _drawn(config):
+    """The row of a network that is meant to predict at random bit-widths."""
+    return (surrogates.RANDOM,) if config.loss.method == "dwq" and len(config.quant.bits) > 1 else ()
 
 
 def _observers(config):
@@ -152,7 +158,7 @@ def plans(name: str, config: ConfigDict, defended: tuple[str, ...] = ()) -> tupl
         *_universal(preset, bits, size_px),
         *_white_box(preset, bits, sizes),
         *_queries(preset, bits, sizes),
-        *_through_defenses(preset, defended, size_px),
+        *_through_defenses(preset, (*_drawn(config), *defended), size_px),
     )
 
 

@@ -26,6 +26,7 @@ from triqdef_jax.sources import SEED_STEP
 FAMILIES = ("fp", "qat", "qaa", "retrained", "self")
 OTHER_FAMILIES = ("fp", "qat")  # those that may be of another architecture
 ALL_BITS = "all"  # self:all, the defended network at all its bit-widths together
+RANDOM = "random"  # self:random, the defended network where it predicts at a bit-width drawn for each image
 FP_SOURCE = 1  # Source network 0 makes the patches that the defence trains on, so the attacker's own is the other one.
 OTHER_MODELS = {  # What `names` lists as `fp@MODEL`, by data set: networks without convolutions inside.
     "digits": ("deit_tiny_cifar", "swin_tiny_cifar"),
@@ -53,7 +54,8 @@ def names(config: ConfigDict) -> tuple[str, ...]:
 
 
 def parse(name: str) -> tuple[str, int | str | None]:
-    """Return (family, bits) of a surrogate's name; bits is None where the family has none, 'all' for self:all, 'jedi:4' for self:jedi:4.
+    """Return (family, bits) of a surrogate's name; bits is None where the family has none, 'all' and 'random' for self:all and
+    self:random, 'jedi:4' for self:jedi:4.
 
     Raises:
       ValueError: for an unknown name; the message lists the known ones.
@@ -63,8 +65,8 @@ def parse(name: str) -> tuple[str, int | str | None]:
     is_known = model is None or (family in OTHER_FAMILIES and model in MODELS)
     if is_known and own in ("fp", "qaa", "retrained"):
         return family, None
-    if is_known and own == f"self:{ALL_BITS}":
-        return family, ALL_BITS
+    if is_known and family == "self" and text in (ALL_BITS, RANDOM):
+        return family, text
     if is_known and family == "self" and text.partition(":")[0] in defenses.DEFENSES:
         return family, text
     low, high = quantize.MIN_BITS, quantize.MAX_BITS
@@ -73,7 +75,7 @@ def parse(name: str) -> tuple[str, int | str | None]:
         return family, known_bits[text]
     raise ValueError(
         f"a surrogate is one of fp, qat:BITS (BITS {low}..{high}), qaa, retrained, self:BITS (BITS {low}..{high} or 32), "
-        f"self:DEFENCE:BITS and self:{ALL_BITS}; fp and qat:BITS may end in @MODEL (MODEL one of {', '.join(MODELS)}), got {name!r}"
+        f"self:DEFENCE:BITS, self:{RANDOM} and self:{ALL_BITS}; fp and qat:BITS may end in @MODEL (MODEL one of {', '.join(MODELS)}), got {name!r}"
     )
 
 

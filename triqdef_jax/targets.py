@@ -1,10 +1,12 @@
 """What is attacked: one trained run as its own bit-widths, as bit-widths it never trained, re-quantized as a vendor would, behind a defence.
 
-A target is named '4' (a bit-width, trained or calibrated for the purpose), 'ptq:minmax:4' or 'ptq:mse:4' (`ptq.py`), or 'jedi:4', a defence of
-`defenses` around any of these. It predicts from raw uint8 images through the fake-quant graph or, deployed, through integers.
+A target is named '4' (a bit-width, trained or calibrated for the purpose), 'ptq:minmax:4' or 'ptq:mse:4' (`ptq.py`), 'jedi:4', a defence of
+`defenses` around any of these, or 'random', a trained bit-width drawn for each image. It predicts from raw uint8 images through the fake-quant
+graph or, deployed, through integers.
 """
 
 import functools
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ import numpy as np
 
 from triqdef_jax import defenses, deploy, guards, loop, patches, ptq, quantize
 from triqdef_jax.runs import Trained
+from triqdef_jax.surrogates import RANDOM
 
 EOT_SAMPLES = 4  # draws of a random defence that an attack averages in each of its steps, every step anew
 MEASURED, ASKED = 0, 1  # salts of a random defence's draws: a query attack must not keep a draw that is then measured
@@ -46,7 +49,7 @@ class Target(NamedTuple):
 
 
 class Name(NamedTuple):
-    """A target's name taken apart: defence and observer, '' where there is none, and bit-width."""
+    """A target's name taken apart: defence and observer, '' where there is none, and bit-width, 0 of 'random'."""
 
     defense: str
     observer: str
@@ -59,6 +62,8 @@ def parse(name: str) -> Name:
     Raises:
       ValueError: no such target.
     """
+    if name == RANDOM:
+        return Name("", "", 0)
     defense, _, rest = name.partition(":")
     if defense not in defenses.DEFENSES:
         defense, rest = "", name
@@ -71,7 +76,7 @@ def parse(name: str) -> Name:
             )
     if not rest.isdigit():
         raise ValueError(
-            f"target: expected a bit-width like 4, or ptq:minmax:4, perhaps behind one of {', '.join(defenses.DEFENSES)} "
+            f"target: expected a bit-width like 4, {RANDOM}, or ptq:minmax:4, perhaps behind one of {', '.join(defenses.DEFENSES)} "
             f"as in median:4, got {name!r}"
         )
     return Name(defense, observer, quantize.check_bits(int(rest)))
@@ -86,6 +91,8 @@ def make(trained: Trained, data, name: str, *, deployed: bool = False) -> Target
     Raises:
       ValueError: no such target, or a network without an integer lowering.
     """
+    if name == RANDOM:
+        return draw(trained, [make(trained, data, str(bits), deployed=deployed) for bits in trained.network.bits])
     defense, observer, bits = parse(name)
     variables, module, spec = _variables(trained, data, observer, bits), trained.network.module, trained.spec(bits)
     logits_fn = jax.tree_util.Partial(_logits_of(module), variables, spec)
@@ -131,6 +138,31 @@ def defend(name: str, bits: int, guard: guards.Guard, logits_fn: Callable, measu
     query, ask = (query_of(predicts if salt is None else defenses.per_image(predicts, salt)) for salt in salts)
     certify = functools.partial(_certify, entry.certify, measured, settings) if entry.certify else None
     return Target(name, False, bits, attacked, query, ask, entry.is_random, certify)
+
+
+def draw(trained: Trained, rows: list[Target]) -> Target:
+    """Return the row that predicts each image at one of the run's bit-widths, all equally likely.
+
+    The draw is a hash of the image and a salt, so that a prediction can be repeated; queries ask under another salt than is measured. Gradients are
+    those of one bit-width for all images of a call, drawn by the key: an attack that draws anew in every step follows the expectation.
+
+    Args:
+      rows: one per trained bit-width, in the order of `trained.network.bits`.
+
+    Reference: random precision inference of Fu et al., Double-Win Quant, ICML 2021.
+    """
+    network = trained.network
+    slots, specs = [network.slot(b) for b in network.bits], [trained.spec(b) for b in network.bits]
+    logits_fn = loop.drawn_bit_logits(network, trained.weights, trained.stats, slots, specs)
+    query, ask = (functools.partial(_drawn_logits, rows, salt) for salt in (MEASURED, ASKED))
+    return Target(RANDOM, False, 0, logits_fn, query, ask, is_random=True)
+
+
+def _drawn_logits(rows, salt, images):
+    pixels = np.asarray(images)
+    drawn = [zlib.crc32(image.tobytes(), salt) % len(rows) for image in pixels]
+    logits = np.stack([np.asarray(row.query(images)) for row in rows])
+    return logits[drawn, np.arange(len(pixels))]
 
 
 def query_of(predicts: Callable) -> Callable:
