@@ -18,6 +18,7 @@ LAYERS = (
     ("models",),
     ("objectives", "attacks", "defenses", "deploy", "metrics", "similarity", "drawing"),
     (
+        "across_runs",
         "config",
         "data",
         "entry",

@@ -314,21 +314,21 @@ def _defended_text(record, target):
 
 def _compare(one, other):
     """Print and write the paired tests of a run against another."""
-    from triqdef_jax import files, verdicts
+    from triqdef_jax import across_runs, files
 
-    comparison = verdicts.compare(one.record, one.outcomes, other.record, other.outcomes)
-    files.atomic_write_json(one.folder / f"comparison-{other.record['name']}.json", comparison)
+    record = across_runs.compare(one.record, one.outcomes, other.record, other.outcomes)
+    files.atomic_write_json(one.folder / f"comparison-{other.record['name']}.json", record)
     trained = [str(b) for b in one.record["quant"]["bits"]]
-    print(f"\n{verdicts.comparison_table(comparison, trained)}")
+    print(f"\n{across_runs.comparison_table(record, trained)}")
 
 
 def _summarise_seeds(evaluated):
     """Print and write what runs that differ in their seed alone have in common."""
-    from triqdef_jax import files, verdicts
+    from triqdef_jax import across_runs, files
 
-    summary = verdicts.seeds([one.record for one in evaluated])
+    summary = across_runs.seeds([one.record for one in evaluated])
     files.atomic_write_json(evaluated[0].folder / "seeds.json", summary)
-    print(f"\n{verdicts.seeds_table(summary)}")
+    print(f"\n{across_runs.seeds_table(summary)}")
 
 
 class _Progress:
