@@ -32,13 +32,12 @@ def _conv_net(params, images):
 
 @pytest.fixture(scope="module")
 def digits():
-    """Real digits as 16 x 16 x 1 images, and a small convolutional network trained on them."""
+    """Real digits as 16 x 16 x 1 images, and a small network trained on them; gradients of 5-px kernels would take 30 seconds on a CPU."""
     data = datasets.load_digits()
     images = jnp.asarray(data.images.repeat(2, 1).repeat(2, 2)[..., None] / 16.0, jnp.float32)
     labels = jnp.asarray(data.target, jnp.int32)
     rng = np.random.default_rng(0)
     draw = lambda scale, *shape: jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
-    # 4 px wide: gradients of 5 px take XLA thirty times longer on a CPU, 30 seconds for 60 steps.
     params = {"convs": [draw(0.3, 3, 3, 1, 8), draw(0.1, 4, 4, 8, 16)], "dense": draw(0.2, 16, 10)}
     optimizer = optax.adam(0.02)
 

@@ -23,6 +23,7 @@ LAYERS = (
         "data",
         "entry",
         "files",
+        "grids",
         "optimizer",
         "patch_pool",
         "results",
