@@ -252,28 +252,31 @@ def health_flags(subject) -> list[dict]:
 
 
 def measure_curves(subject, *, progress=None) -> dict:
-    """Return the record of kind 'curves', success against patch size, steps and restarts, and write it."""
-    from triqdef_jax import cells, files, presets, results
+    """Return the record of kind 'curves', success against patch size, steps and restarts, and write it with its outcomes."""
+    from triqdef_jax import cells, presets, results
 
+    tell = progress or (lambda *_: None)
     planned = presets.curve_plans(subject.config, subject.data.image_size_px)
-    total, number, curves = sum(map(len, planned.values())), 0, []
+    plans = [plan for points in planned.values() for _, plan in points]
     clean = cells.predict(subject.targets, subject.images, subject.config.eval.batch_size)
+    found = []
+    for plan in plans:
+        found.append(cells.run(plan, subject, progress=lambda line: tell(len(found), len(plans), line)))
+    tell(len(plans), len(plans), "")
     names = tuple(target.name for target in subject.targets)
-    for what, points in planned.items():
-        found = []
-        for _, plan in points:
-            found.append(cells.run(plan, subject, progress=lambda line, n=number: progress(n, total, line)))
-            number += 1
-        outcomes = results.Outcomes(names, subject.labels, subject.ids, clean, tuple(found))
-        rates = results.headlines(results.summarise(outcomes, seed=subject.config.seed))
-        points = [{"x": x, "success": rates[plan.name]} for x, plan in points]
-        curves.append(
-            {"title": f"success against {what}", "x": what, "attacked": found[0].about["surrogate"], "points": points}
-        )
-    progress(total, total, "")
+    outcomes = results.Outcomes(names, subject.labels, subject.ids, clean, tuple(found))
+    rates = results.headlines(results.summarise(outcomes, seed=subject.config.seed))
+    curves = [
+        {
+            "title": f"success against {what}",
+            "x": what,
+            "attacked": points[0][1].surrogate,
+            "points": [{"x": x, "cell": plan.name, "success": rates[plan.name]} for x, plan in points],
+        }
+        for what, points in planned.items()
+    ]
     record = _describe(subject, "curves") | {"kind": "curves", "num_images": len(found[0].rows), "curves": curves}
-    path = subject.results / "curves.json"
-    files.atomic_write_json(path, record)
+    path = results.save(subject.results, "curves", record, outcomes)
     print(f"\n{_curves_text(record)}\nwritten to {path}")
     return record
 
