@@ -151,6 +151,7 @@ def test_flags_of_one_name_are_gathered_and_explained(record):
     assert "without gradients" in flags.meaning("black-box beats white-box")
     assert "covers pixels" in flags.meaning("no better than noise")
     assert "broken" in flags.meaning("whole image resists")
+    assert "no robustness" in flags.meaning("hardly right without a patch")
     assert "gradients" in flags.meaning("zero_gradients") and flags.meaning("never heard of") == ""
 
 

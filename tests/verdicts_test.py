@@ -34,6 +34,20 @@ def test_a_wrong_image_is_no_robust_one():
     assert rate["num"] == NUM - 5 and predictions[0, 0, 10] == 0
 
 
+@pytest.mark.parametrize(("num_right", "is_flagged"), [(4, True), (12, True), (14, False), (40, False)])
+def test_a_bit_width_that_is_hardly_right_without_a_patch_is_flagged(num_right, is_flagged):
+    """One that says a single class has nothing that a patch could turn: success 0 of its right images."""
+    assert (wilson(num_right, NUM)[1] < 0.5) == is_flagged  # half of the other bit-width, which is right everywhere
+    clean = np.zeros((2, NUM), np.int32)
+    clean[1, num_right:] = 1
+    cell = make_cell("lavan", 0)
+    cell = cell._replace(predictions=np.concatenate([cell.predictions, clean[1:, None]]))
+    record = record_of(Outcomes(("32", "8"), LABELS, np.arange(NUM), clean, (cell,)))
+    assert record["cells"][0]["success"]["8"]["asr_correct"]["rate"] == 0.0
+    flags = verdicts.collapse_flags(record)
+    assert [(flag["flag"], flag["target"]) for flag in flags] == [("hardly right without a patch", "8")] * is_flagged
+
+
 def pgd_of(num_fooled, name="patch_pgd", **about):
     """The strongest attack with gradients on the bit-width itself."""
     about = {"access": "white-box", "surrogate": "self:4", "attack": "patch_pgd"} | about

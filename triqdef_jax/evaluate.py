@@ -164,6 +164,7 @@ def evaluate(subject, preset: str, *, with_pools: bool = True, progress=None):
         tuple(target.name for target in subject.targets), subject.labels, subject.ids, clean, tuple(found)
     )
     record = _describe(subject, preset) | results.summarise(outcomes, seed=config.seed)
+    record |= {"flags": verdicts.collapse_flags(record)}
     if defended:
         record |= {"defended": list(defended), "certified": certify(subject)}
     if presets.plans(preset, config) and with_pools:
@@ -175,7 +176,7 @@ def evaluate(subject, preset: str, *, with_pools: bool = True, progress=None):
             "worst": verdicts.worst(record),
             "worst_transfer": verdicts.worst(record, access="transfer"),
             "robust_all": verdicts.robust_all(outcomes),
-            "flags": [*health, *found],
+            "flags": [*record["flags"], *health, *found],
             "checks": [*verdicts.checks(outcomes, found), *sound],
         }
     return record, outcomes

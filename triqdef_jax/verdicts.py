@@ -13,6 +13,7 @@ LEVEL = 0.05  # of the flags' and comparisons' adjusted p-values
 CONTROL = "control"
 STRONGEST = "patch_pgd"  # the attack that no other should beat
 NOT_CONVERGED = "not converged"
+COLLAPSED = "hardly right without a patch"
 WHOLE_IMAGE = "whole image"  # ends the name of the cell whose patch is as large as the image: it probes the attack, never the network
 WHOLE_RATE = 0.99  # of right images, at least, that such a patch fools
 BEATS = {  # what the attacker knew -> flag
@@ -67,6 +68,25 @@ def _shared_rows(outcomes, cells):
     for cell in cells:
         rows = np.intersect1d(rows, cell.rows)
     return rows
+
+
+def collapse_flags(record: dict) -> list[dict]:
+    """Return a flag for every target whose clean accuracy lies, interval and all, below half of the best one's: its training or calibration failed.
+
+    What is wrong without a patch is not counted as fooled, and who says one class whatever he sees is never fooled at all: such a target's
+    success of 0 % is no robustness.
+    """
+    accuracy = record["clean_accuracy"]
+    best = max(accuracy.values(), key=lambda rate: rate["rate"])
+    return [
+        {
+            "flag": COLLAPSED,
+            "target": target,
+            "detail": f"clean accuracy {results.cell(rate)}, {results.cell(best)} at best",
+        }
+        for target, rate in accuracy.items()
+        if rate["high"] < best["rate"] / 2
+    ]
 
 
 def masking_flags(outcomes: Outcomes) -> list[dict]:
