@@ -18,10 +18,12 @@ LAYERS = (
     ("models",),
     ("objectives", "attacks", "defenses", "deploy", "metrics", "similarity", "drawing"),
     (
+        "across_runs",
         "config",
         "data",
         "entry",
         "files",
+        "grids",
         "optimizer",
         "patch_pool",
         "processes",

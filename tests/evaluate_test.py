@@ -125,8 +125,36 @@ def test_every_number_of_a_real_record_can_be_recomputed_from_its_file(evaluated
             counted = (arrays["clean"][k][rows] == labels) & (labels != target[:, None])
             rate = cell["success"][name]["asr_correct"]
             assert (rate["num"], rate["den"]) == ((counted & (patched[k] != labels)).sum(), counted.sum())
+    attacks = {cell["name"]: cell for cell in stored["cells"] if cell["access"] != "control"}
     for k, name in enumerate(stored["targets"]):
-        assert stored["clean_accuracy"][name]["num"] == (arrays["clean"][k] == arrays["labels"]).sum()
+        right = arrays["clean"][k] == arrays["labels"]
+        assert stored["clean_accuracy"][name]["num"] == right.sum()
+        for cell in attacks:  # each met the first images; in the end `right` is what no attack fooled
+            rows = arrays[f"rows:{cell}"]
+            right[rows] &= (arrays[f"predictions:{cell}"][k] == arrays["labels"][rows]).all(axis=0)
+        assert stored["robust_all"][name]["num"] == right[: stored["robust_all"][name]["den"]].sum()
+        for field, among in (("worst", attacks), ("worst_transfer", ["held-out"])):
+            rates = [attacks[cell]["success"][name]["asr_correct"]["rate"] for cell in among]
+            assert stored[field][name]["rate"] == max(rate for rate in rates if rate is not None)
+
+
+def test_every_point_of_a_curve_can_be_recomputed_from_its_file(evaluated, monkeypatch, capsys):
+    subject, made = evaluated[0], presets.curve_plans
+    few = lambda points: [(x, dataclasses.replace(p, num_images=6, fields=(("num_steps", x),))) for x, p in points[:2]]
+    monkeypatch.setattr(presets, "curve_plans", lambda *asked: {"steps": few(made(*asked)["steps"])})
+    record = evaluate.measure_curves(subject)
+    assert json.loads((subject.results / "curves.json").read_text())["curves"] == record["curves"]
+    arrays = np.load(subject.results / "curves_outcomes.npz", allow_pickle=False)
+    (curve,) = record["curves"]
+    assert [point["x"] for point in curve["points"]] == [1, 2] and curve["attacked"] == "self:4"
+    for point in curve["points"]:
+        patched, rows = arrays[f"predictions:{point['cell']}"][:, 0], arrays[f"rows:{point['cell']}"]
+        counted = arrays["clean"][:, rows] == arrays["labels"][rows]
+        fooled = (counted & (patched != arrays["labels"][rows])).sum(axis=1)
+        assert [(rate["num"], rate["den"]) for rate in point["success"].values()] == [
+            *zip(fooled, counted.sum(1), strict=True)
+        ]
+    assert "success against steps (4 bits)" in capsys.readouterr().out
 
 
 def test_the_table_has_a_line_per_cell_and_the_worst_at_the_end(evaluated):
@@ -253,6 +281,25 @@ def test_a_finished_record_is_read_while_run_code_and_question_are_the_same(
     (copied / "results" / "quick.json").write_text("{torn")
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         evaluate._evaluate_run(copied, (), options)
+
+
+def test_runs_that_met_other_patches_are_not_compared_and_the_program_says_so_in_a_line(
+    evaluated, tmp_path, monkeypatch
+):
+    _, record, outcomes, _ = evaluated
+    others = tuple(cell._replace(digest=f"another {cell.name}") for cell in outcomes.cells)
+    found = {"a": outcomes, "b": outcomes._replace(cells=others)}
+    evaluated_as = lambda workdir, extra, options: evaluate._Evaluated(
+        record | {"name": workdir}, found[workdir], tmp_path
+    )
+    monkeypatch.setattr(evaluate, "_evaluate_run", evaluated_as)
+    monkeypatch.setattr(evaluate, "_check_runs", lambda options: None)
+    monkeypatch.setattr(evaluate.flags, "FLAGS", options_of(workdirs=["a"], compare="b", preset="quick"))
+    with pytest.raises(
+        entry.UserError, match="held-out: the two runs met different patches; evaluate both with the same"
+    ) as error:
+        evaluate.main([])
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_runs_of_other_seeds_are_summarised_and_others_set_side_by_side(evaluated, tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ import zlib
 
 import numpy as np
 
-from triqdef_jax import metrics
+from triqdef_jax import grids, metrics
 
 TARGETS = ("32", "8", "5", "4", "2", "3", "6", "ptq:minmax:4", "ptq:mse:4")
 NAMES = ("asr_correct", "robust_acc", "asr_all", "tsr", "tsr_clean")
@@ -190,17 +190,18 @@ def seeds():
 
 
 def sensitivity():
-    """Return a grid of two points."""
+    """Return a grid of a base with two more seeds and two points, the second far beyond what seeds make of it."""
     targets = ("32", "4", "2")
+    grid = (({}, 40), ({"seed": 1}, 44), ({"seed": 2}, 38), ({"loss.alpha": 0.0}, 46))
     points = [
         {
-            "changes": c,
-            "clean_accuracy": {t: rate(440, 450) for t in targets},
-            "success": {t: rate(n, 400) for t in targets},
+            "changes": changes,
+            "clean_accuracy": {target: rate(440, 450) for target in targets},
+            "success": {target: rate(num, 400) for target in targets},
         }
-        for c, n in (({}, 40), ({"loss.lambda_fdp": 8.0, "loss.alpha": 0}, 33))
+        for changes, num in (*grid, ({"loss.lambda_fdp": 8.0, "loss.alpha": 0}, 133))
     ]
-    return {"kind": "sensitivity", "points": points}
+    return {"kind": "sensitivity", "points": points, "against_seeds": grids.against_seeds(points)}
 
 
 def pictures():

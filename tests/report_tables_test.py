@@ -5,7 +5,18 @@ import copy
 import pytest
 import report_example as example
 
-from triqdef_jax.report import attack_tables, evidence_tables, figures, first_screen, flags, records, table, wording
+from triqdef_jax import grids
+from triqdef_jax.report import (
+    attack_tables,
+    evidence_tables,
+    figures,
+    first_screen,
+    flags,
+    records,
+    sections,
+    table,
+    wording,
+)
 from triqdef_jax.report.table import Cell, Row, Table
 
 MADE_FROM_ATTACKS = ("worst", "worst_transfer", "robust_all", "flags", "checks")
@@ -140,6 +151,7 @@ def test_flags_of_one_name_are_gathered_and_explained(record):
     assert "without gradients" in flags.meaning("black-box beats white-box")
     assert "covers pixels" in flags.meaning("no better than noise")
     assert "broken" in flags.meaning("whole image resists")
+    assert "no robustness" in flags.meaning("hardly right without a patch")
     assert "gradients" in flags.meaning("zero_gradients") and flags.meaning("never heard of") == ""
 
 
@@ -153,6 +165,25 @@ def test_runs_that_cannot_be_compared_are_flagged(record):
     assert {"different test images", "different forward", "different attacks", "different patches"} <= set(found)
     assert found["different patches"].places == ("lavan|fp|random",)
     assert "different test images" not in {flag.name for flag in flags.collect({"a": record})}
+
+
+def test_a_grid_marks_what_differs_by_more_than_seeds_do_and_shows_what_they_do():
+    record = example.sensitivity()
+    made = evidence_tables.sensitivity("grid", record, "success")
+    seed = made.rows[0]
+    assert seed.head == "one more seed of the base" and {cell.text for cell in seed.cells} == {"10.2 %"}
+    low, high = (100 * record["against_seeds"]["seeds"]["success"]["4"][end] for end in ("low", "high"))
+    assert seed.cells[1].notes == (f"[{low:.1f}, {high:.1f}]",) and low < 9.5 and 11.5 < high < 33
+    marked = {row.head for row in made.rows if any(cell.marks for cell in row.cells)}
+    assert marked == {"loss.lambda_fdp 8.0, loss.alpha 0"} and row_named(made, "base").cells[0].text == "10.0 %"
+    assert not [row for row in evidence_tables.sensitivity("grid", record, "clean_accuracy").rows if row.cells[0].marks]
+    said = "Of 12 rates 3 differ from the base by more than its 3 seeds do (by chance alone up to 1 may): loss.lambda_fdp 8.0, loss.alpha 0."
+    assert f"<p><b>grid: {said}</b></p>" in sections.sensitivity({"grid": record})
+    for point in record["points"][1:3]:
+        point["changes"] = {"loss.beta": 0.0}  # now no seed stands beside the base
+    record["against_seeds"] = grids.against_seeds(record["points"])
+    bare = sections.sensitivity({"grid": record})
+    assert "no difference here can be told from chance" in bare and "beyond seeds" not in bare
 
 
 def test_paired_tests_name_a_winner_only_by_the_adjusted_p_value():

@@ -90,7 +90,9 @@ def test_every_rate_of_a_record_can_be_recomputed_from_the_saved_outcomes(outcom
                 "tsr_clean": (aimed & other & (clean == target[:, None]), aimed & other),
             }
             for rate, (num, den) in expected.items():
-                assert [cell["success"][name][rate][key] for key in ("num", "den")] == [num.sum(), den.sum()]
+                said = cell["success"][name][rate]
+                assert [said[key] for key in ("num", "den")] == [num.sum(), den.sum()]
+                assert said["rate"] == (num.sum() / den.sum() if den.sum() else None)
                 num_checked += 1
     assert num_checked == 2 * 2 * 5
     assert record["versions"]["jax"] and record["threat_model"] and record["definitions"]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from triqdef_jax import config as config_lib
-from triqdef_jax import data, inference, loop, patch_pool, runs, sensitivity, sources, targets
+from triqdef_jax import data, grids, inference, loop, patch_pool, runs, sensitivity, sources, targets
 from triqdef_jax.patch_pool import PatchPool
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -103,6 +103,12 @@ def test_the_record_on_disk_is_the_one_returned_and_the_table_shows_it(finished)
         for field in ("clean_accuracy", "success"):
             assert f"{100 * point[field]['4']['rate']:.1f} [" in text
     assert "base " in text and "loss.lambda_adv 2.0 " in text
+    assert record["against_seeds"] == {"num_seeds": 1} and text.startswith("No seed of the base stands beside the grid")
+    three = [record["points"][0] | {"changes": changes} for changes in ({}, {"seed": 1}, {"seed": 2})]
+    certain = {"rate": 1.0, "low": 1.0, "high": 1.0, "num": 1, "den": 1}
+    points = [*three, record["points"][1] | {"clean_accuracy": {"4": certain}}]
+    starred = sensitivity.table(record | {"points": points, "against_seeds": grids.against_seeds(points)})
+    assert "100.0 [100.0, 100.0]*" in starred and starred.count("*") == 1
 
 
 def test_rates_are_counts_of_the_networks_predictions_on_the_pasted_images(finished):

@@ -1,39 +1,12 @@
-"""Verdicts: worst cells, worst images, masking and convergence flags, paired comparison, seeds; all on hand-made outcomes."""
+"""Verdicts: worst cells, worst images, masking, sanity and convergence flags; all on hand-made outcomes."""
 
 import numpy as np
 import pytest
+from outcomes_example import LABELS, NUM, make_cell, make_outcomes, record_of
 from scipy import stats
 
 from triqdef_jax import results, verdicts
-from triqdef_jax.results import Cell, Outcomes
-
-NUM = 40
-LABELS = np.zeros(NUM, int)
-
-
-def make_cell(name, num_fooled, *, access="transfer", surrogate="fp", first=0, patches=1, **about):
-    """One bit-width; each patch fools `num_fooled` images from `first` on."""
-    predictions = np.zeros((1, patches, NUM), np.int32)
-    predictions[..., first : first + num_fooled] = 1
-    about = {"attack": name, "surrogate": surrogate, "access": access, "settings": {"steps": 1}, "size_px": 5, **about}
-    return Cell(name, about, predictions, np.full(patches, -1), np.arange(NUM), f"digest of {name}")
-
-
-def make_outcomes(*cells):
-    return Outcomes(("4",), LABELS, np.arange(NUM), np.zeros((1, NUM), np.int32), cells)
-
-
-def record_of(outcomes, name="one", seed=0):
-    fixed = {
-        "name": name,
-        "data": "digits",
-        "seed": seed,
-        "method": "qat",
-        "model": "m",
-        "forward": "f",
-        "preset": "quick",
-    }
-    return fixed | results.summarise(outcomes, seed=0)
+from triqdef_jax.results import Outcomes
 
 
 def test_the_worst_cell_is_the_most_successful_one_that_is_no_control():
@@ -59,6 +32,20 @@ def test_a_wrong_image_is_no_robust_one():
     predictions = outcomes.cells[0].predictions.copy()  # the patch happens to repair it
     rate = verdicts.robust_all(outcomes._replace(clean=clean))["4"]
     assert rate["num"] == NUM - 5 and predictions[0, 0, 10] == 0
+
+
+@pytest.mark.parametrize(("num_right", "is_flagged"), [(4, True), (12, True), (14, False), (40, False)])
+def test_a_bit_width_that_is_hardly_right_without_a_patch_is_flagged(num_right, is_flagged):
+    """One that says a single class has nothing that a patch could turn: success 0 of its right images."""
+    assert (wilson(num_right, NUM)[1] < 0.5) == is_flagged  # half of the other bit-width, which is right everywhere
+    clean = np.zeros((2, NUM), np.int32)
+    clean[1, num_right:] = 1
+    cell = make_cell("lavan", 0)
+    cell = cell._replace(predictions=np.concatenate([cell.predictions, clean[1:, None]]))
+    record = record_of(Outcomes(("32", "8"), LABELS, np.arange(NUM), clean, (cell,)))
+    assert record["cells"][0]["success"]["8"]["asr_correct"]["rate"] == 0.0
+    flags = verdicts.collapse_flags(record)
+    assert [(flag["flag"], flag["target"]) for flag in flags] == [("hardly right without a patch", "8")] * is_flagged
 
 
 def pgd_of(num_fooled, name="patch_pgd", **about):
@@ -291,51 +278,3 @@ def test_twice_the_steps_that_fool_more_are_not_converged():
     assert [flag["flag"] for flag in verdicts.convergence_flags(make_outcomes(short, long))] == ["not converged"]
     same = make_cell("pgd twice", 6, access="white-box", surrogate="self:4", doubles="pgd")
     assert not verdicts.convergence_flags(make_outcomes(short, same))
-
-
-def test_a_comparison_counts_discordant_images_and_adjusts_for_all_its_tests():
-    a, b = make_outcomes(make_cell("x", 2), make_cell("y", 3)), make_outcomes(make_cell("x", 12), make_cell("y", 3))
-    record = verdicts.compare(record_of(a), a, record_of(b, "two"), b)
-    pairs = {pair["cell"]: pair for pair in record["pairs"]}
-    assert (pairs["x"]["only_a"], pairs["x"]["only_b"], pairs["x"]["both"], pairs["x"]["neither"]) == (10, 0, 28, 2)
-    exact = stats.binomtest(10, 10, 0.5).pvalue
-    assert pairs["x"]["p_value"] == pytest.approx(exact) and pairs["x"]["p_adjusted"] == pytest.approx(3 * exact)
-    assert pairs["clean"]["p_adjusted"] == pairs["y"]["p_adjusted"] == 1.0
-    lines = verdicts.comparison_table(record, ["4", "2"]).splitlines()
-    assert lines[1].split() == ["bits", "4"] and lines[3].split()[:4] == ["x", "10", ":", "0"] and len(lines) == 5
-
-
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (lambda r, o: (r | {"data": "cifar10"}, o), "met different images"),
-        (lambda r, o: (r | {"image_ids_sha256": "0"}, o), "met different images"),
-        (lambda r, o: (r, o._replace(cells=(o.cells[0]._replace(digest="0"),))), "different patches"),
-        (lambda r, o: (r, o._replace(cells=(o.cells[0]._replace(name="z"),))), "no cell in common"),
-    ],
-)
-def test_runs_that_met_other_images_or_patches_are_not_compared(change, said):
-    a = make_outcomes(make_cell("x", 2))
-    with pytest.raises(ValueError, match=said):
-        verdicts.compare(record_of(a), a, *change(record_of(a, "two"), a))
-
-
-def test_attacks_on_the_run_itself_are_compared_by_settings_not_by_pixels():
-    own = make_cell("pgd", 2, access="white-box", surrogate="self:4")
-    a, b = make_outcomes(own), make_outcomes(own._replace(digest="its own"))
-    assert verdicts.compare(record_of(a), a, record_of(b), b)["pairs"]
-    other = make_outcomes(own._replace(about=own.about | {"settings": {"steps": 2}}))
-    with pytest.raises(ValueError, match="different settings"):
-        verdicts.compare(record_of(a), a, record_of(other), other)
-
-
-def test_seeds_are_summarised_by_mean_and_t_interval():
-    records = [record_of(make_outcomes(make_cell("x", n)), f"s{n}", seed=n) for n in (4, 8, 12)]
-    summary = verdicts.seeds(records)
-    rates = np.array([0.1, 0.2, 0.3])
-    spread = summary["success"]["x"]["4"]
-    low, high = stats.t.interval(0.95, 2, loc=rates.mean(), scale=stats.sem(rates))
-    assert [spread[k] for k in ("mean", "sd", "low", "high")] == pytest.approx([0.2, 0.1, low, high])
-    assert "3 seeds of qat" in verdicts.seeds_table(summary)
-    with pytest.raises(ValueError, match="seeds: expected at least two runs of one method"):
-        verdicts.seeds([records[0], records[1] | {"method": "triqdef"}])

@@ -9,7 +9,6 @@ Writes `<workdir>/results/<name>.json` and `<name>_outcomes.npz`; `report.py` tu
 """
 
 import functools
-import itertools
 import pathlib
 import subprocess
 import sys
@@ -167,6 +166,7 @@ def evaluate(subject, preset: str, *, with_pools: bool = True, progress=None):
         tuple(target.name for target in subject.targets), subject.labels, subject.ids, clean, tuple(found)
     )
     record = _describe(subject, preset) | results.summarise(outcomes, seed=config.seed)
+    record |= {"flags": verdicts.collapse_flags(record)}
     if defended:
         record |= {"defended": list(defended), "certified": certify(subject)}
     if presets.plans(preset, config) and with_pools:
@@ -178,7 +178,7 @@ def evaluate(subject, preset: str, *, with_pools: bool = True, progress=None):
             "worst": verdicts.worst(record),
             "worst_transfer": verdicts.worst(record, access="transfer"),
             "robust_all": verdicts.robust_all(outcomes),
-            "flags": [*health, *found],
+            "flags": [*record["flags"], *health, *found],
             "checks": [*verdicts.checks(outcomes, found), *sound],
         }
     return record, outcomes
@@ -271,28 +271,29 @@ def health_flags(subject) -> list[dict]:
 
 
 def measure_curves(subject, *, progress=None) -> dict:
-    """Return the record of kind 'curves', success against patch size, steps and restarts, and write it."""
-    from triqdef_jax import files, inference, presets, results, sharding
+    """Return the record of kind 'curves', success against patch size, steps and restarts, and write it with its outcomes."""
+    from triqdef_jax import inference, presets, results, sharding
 
     planned = presets.curve_plans(subject.config, subject.data.image_size_px)
-    asked = [plan for points in planned.values() for _, plan in points]
-    made = iter(_make_cells(subject, {}, asked, progress or (lambda *_: None)))
-    curves = []
+    plans = [plan for points in planned.values() for _, plan in points]
+    found = _make_cells(subject, {}, plans, progress or (lambda *_: None))
     clean = inference.predict(subject.targets, subject.images, subject.config.eval.batch_size)
     names = tuple(target.name for target in subject.targets)
-    for what, points in planned.items():
-        found = list(itertools.islice(made, len(points)))
-        outcomes = results.Outcomes(names, subject.labels, subject.ids, clean, tuple(found))
-        rates = results.headlines(results.summarise(outcomes, seed=subject.config.seed))
-        points = [{"x": x, "success": rates[plan.name]} for x, plan in points]
-        curves.append(
-            {"title": f"success against {what}", "x": what, "attacked": found[0].about["surrogate"], "points": points}
-        )
+    outcomes = results.Outcomes(names, subject.labels, subject.ids, clean, tuple(found))
+    rates = results.headlines(results.summarise(outcomes, seed=subject.config.seed))
+    curves = [
+        {
+            "title": f"success against {what}",
+            "x": what,
+            "attacked": points[0][1].surrogate,
+            "points": [{"x": x, "cell": plan.name, "success": rates[plan.name]} for x, plan in points],
+        }
+        for what, points in planned.items()
+    ]
     record = _describe(subject, "curves") | {"kind": "curves", "num_images": len(found[0].rows), "curves": curves}
-    path = subject.results / "curves.json"
     with processes.together():
         if sharding.is_lead():
-            files.atomic_write_json(path, record)
+            path = results.save(subject.results, "curves", record, outcomes)
             print(f"\n{_curves_text(record)}\nwritten to {path}")
     return record
 
@@ -333,23 +334,23 @@ def _defended_text(record, target):
 
 def _compare(one, other):
     """Print and write the paired tests of a run against another."""
-    from triqdef_jax import files, sharding, verdicts
+    from triqdef_jax import across_runs, files, sharding
 
-    comparison = verdicts.compare(one.record, one.outcomes, other.record, other.outcomes)
+    record = across_runs.compare(one.record, one.outcomes, other.record, other.outcomes)
     if sharding.is_lead():
-        files.atomic_write_json(one.folder / f"comparison-{other.record['name']}.json", comparison)
+        files.atomic_write_json(one.folder / f"comparison-{other.record['name']}.json", record)
     trained = [str(b) for b in one.record["quant"]["bits"]]
-    processes.say(f"\n{verdicts.comparison_table(comparison, trained)}")
+    processes.say(f"\n{across_runs.comparison_table(record, trained)}")
 
 
 def _summarise_seeds(evaluated):
     """Print and write what runs that differ in their seed alone have in common."""
-    from triqdef_jax import files, sharding, verdicts
+    from triqdef_jax import across_runs, files, sharding
 
-    summary = verdicts.seeds([one.record for one in evaluated])
+    summary = across_runs.seeds([one.record for one in evaluated])
     if sharding.is_lead():
         files.atomic_write_json(evaluated[0].folder / "seeds.json", summary)
-    processes.say(f"\n{verdicts.seeds_table(summary)}")
+    processes.say(f"\n{across_runs.seeds_table(summary)}")
 
 
 class _Progress:

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from triqdef_jax import config as config_lib
 from triqdef_jax import data as data_lib
-from triqdef_jax import entry, files, inference, loop, probes, processes, results, runs, sources, targets
+from triqdef_jax import entry, files, grids, inference, loop, probes, processes, results, runs, sources, targets
 from triqdef_jax.checkpoints import CheckpointError
 
 FILE, TABLE_FILE, POINT_FILE = "sensitivity.json", "sensitivity.txt", "point.json"
@@ -56,14 +56,10 @@ class Point(NamedTuple):
 
     @property
     def name(self) -> str:
-        return _name(self.changes)
+        return grids.point_name(self.changes)
 
     def workdir(self, root: pathlib.Path) -> pathlib.Path:
         return root / "points" / files.config_hash(self.config)
-
-
-def _name(changes):
-    return ", ".join(f"{field} {value}" for field, value in changes.items()) or "base"
 
 
 def make_points(config: ConfigDict, grid: str) -> tuple[Point, ...]:
@@ -209,6 +205,7 @@ def run_grid(
         if progress:
             progress(f"point {number} of {len(points)}: {point.name}")
         record["points"].append(measure_point(point, root, data, is_quiet=is_quiet))
+        record["against_seeds"] = grids.against_seeds(record["points"])
         files.atomic_write_json(root / "results" / FILE, record)
     return files.plain(record)
 
@@ -231,10 +228,14 @@ def describe(config: ConfigDict, root: pathlib.Path, num_planned: int) -> dict:
 
 
 def table(record: dict) -> str:
-    """Return a record as text: per point clean accuracy and success of held-out patches at every bit-width, in per cent with intervals."""
-    names = [_name(point["changes"]) for point in record["points"]]
+    """Return a record as text: per point clean accuracy and success of held-out patches at every bit-width, in per cent with intervals.
+
+    First what differs from the base by more than its seeds do; those rates end in a star.
+    """
+    names = [grids.point_name(point["changes"]) for point in record["points"]]
+    beyond = grids.beyond_rates(record["against_seeds"])
     width = max(len(name) for name in names)
-    lines = []
+    lines = [grids.sentence(record["against_seeds"]), ""]
     for title, field in (
         ("clean accuracy, %", "clean_accuracy"),
         ("success of held-out patches (asr_correct), %", "success"),
@@ -242,7 +243,8 @@ def table(record: dict) -> str:
         bits = list(dict.fromkeys(b for point in record["points"] for b in point[field]))
         lines += [f"{title:<{width}}", f"{'':<{width}}" + "".join(f"{b + ' bits':>20}" for b in bits)]
         for name, point in zip(names, record["points"], strict=True):
-            cells_ = "".join(f"{_cell(point[field][b]):>20}" for b in bits if b in point[field])
+            marks = {b: "*" * ((name, field, b) in beyond) for b in bits}
+            cells_ = "".join(f"{_cell(point[field][b]) + marks[b]:>20}" for b in bits if b in point[field])
             lines.append(f"{name:<{width}}{cells_ or '  ' + point.get('failed', '')}")
         lines.append("")
     return "\n".join(lines)

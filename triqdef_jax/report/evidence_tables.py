@@ -3,10 +3,16 @@
 They take records of the kinds comparison, seeds, alignment, curves and sensitivity, as `records` describes them.
 """
 
+from triqdef_jax import grids
 from triqdef_jax.report import wording
 from triqdef_jax.report.table import Cell, Row, Table
 
 SIGNIFICANT = 0.05  # of p-values adjusted for the number of tests
+BEYOND = "beyond seeds"
+SEEDS_NOTE = (
+    "One more seed: mean over the base's seeds and where a further one would lie (95 % prediction interval, Student's t). "
+    f'"{BEYOND}": outside of it, and its own 95 % interval apart from that of the base. Other seeds meet patches of their own.'
+)
 
 
 def comparison(record: dict) -> Table:
@@ -158,15 +164,25 @@ def curve(label: str, record: dict) -> Table:
 
 
 def sensitivity(label: str, record: dict, field: str) -> Table:
-    """Return a grid of settings: a row per point, a column per target; `field` is `clean_accuracy` or `success`."""
+    """Return a grid of settings: what seeds of the base let one expect, then a row per point; `field` is `clean_accuracy` or `success`."""
     targets = list(dict.fromkeys(target for point in record["points"] for target in point[field]))
-    rows = []
+    expected = record["against_seeds"].get("seeds", {}).get(field)
+    beyond = grids.beyond_rates(record["against_seeds"])
+    rows = [Row("one more seed of the base", tuple(_expected_cell(expected[t]) for t in targets))] if expected else []
     for point in record["points"]:
-        rates = [point[field].get(target) for target in targets]
-        cells = [wording.rate_cell(r, is_shaded=field == "success") if r else Cell("not measured") for r in rates]
-        rows.append(Row(wording.changes(point), tuple(cells)))
+        name = grids.point_name(point["changes"])
+        marks = {target: (BEYOND,) * ((name, field, target) in beyond) for target in targets}
+        rates = {target: point[field].get(target) for target in targets}
+        shade = dict(is_shaded=field == "success")
+        cells = [wording.rate_cell(r, marks=marks[t], **shade) if r else Cell("not measured") for t, r in rates.items()]
+        rows.append(Row(name, tuple(cells)))
     title = {"clean_accuracy": "clean accuracy", "success": "success of attacks (asr_correct)"}[field]
-    return Table(f"{label}: {title}", ("changed", *(wording.bits_name(target) for target in targets)), tuple(rows))
+    columns = ("changed", *(wording.bits_name(target) for target in targets))
+    return Table(f"{label}: {title}", columns, tuple(rows), SEEDS_NOTE if expected else "")
+
+
+def _expected_cell(expected):
+    return Cell(wording.percent(expected["mean"]), (wording.interval(expected),))
 
 
 def is_above_chance(pair: dict) -> bool:

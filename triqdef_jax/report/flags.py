@@ -14,6 +14,7 @@ MEANINGS = {
     "determin": "the network answers differently each time: attacks must average over its randomness",
     "better than noise": "such a patch only covers pixels: the attack failed, or the defence holds against it",
     "whole image": "a patch as large as the image replaces it and should fool every network: the attack is broken",
+    "hardly right": "training failed here: success counts images that are right without a patch, so low figures are no robustness",
     "converge": "more steps still help: the attack was stopped early, true success is higher",
 }
 FEW_IMAGES = 100

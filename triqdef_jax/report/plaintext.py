@@ -1,5 +1,6 @@
 """The figures of the report as Markdown and as LaTeX tables, from the very tables of the page."""
 
+from triqdef_jax import grids
 from triqdef_jax.report import attack_tables, evidence_tables, first_screen, flags, records, table
 from triqdef_jax.report.records import Run
 from triqdef_jax.report.table import Table
@@ -13,6 +14,8 @@ def markdown(runs: tuple[Run, ...]) -> str:
     said = [first_screen.verdict(label, record) for label, record in records.headline(evaluations).items()]
     for flag in flags.collect(evaluations):
         said.append(f"flag: {flag.name}{': ' * bool(flag.meaning)}{flag.meaning} ({'; '.join(flag.places)})")
+    found = records.of_kind(runs, "sensitivity")
+    said += [f"{label}: {grids.sentence(record['against_seeds'])}" for label, record in found.items()]
     said += [f"not run: {label}: {row['attack']}: {row['reason']}" for label, row in _not_run(evaluations)]
     said += [f"not made yet: {what}: {command}" for what, command in records.missing(runs)]
     title = f"# Robustness report: {table.escape_markdown(', '.join(run.label for run in runs))}"
@@ -46,7 +49,7 @@ def tables(runs: tuple[Run, ...]) -> list[Table]:
     for label, record in records.of_kind(runs, "curves").items():
         made += [evidence_tables.curve(label, curve) for curve in record["curves"]]
     for label, record in records.of_kind(runs, "sensitivity").items():
-        made += [evidence_tables.sensitivity(label, record, field) for field in ("clean_accuracy", "success")]
+        made += [evidence_tables.sensitivity(label, record, field) for field in ("success", "clean_accuracy")]
     return [table for table in made if table is not None]
 
 

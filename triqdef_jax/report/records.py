@@ -44,7 +44,7 @@ KINDS = {
     ),
     "sensitivity": Kind(
         "sensitivity to the method's weights",
-        ("points",),
+        ("points", "against_seeds"),
         "python -m triqdef_jax.sensitivity --config=configs/digits.py",
         False,
     ),

@@ -4,6 +4,7 @@ import base64
 import html
 import itertools
 
+from triqdef_jax import grids
 from triqdef_jax.report import attack_tables, evidence_tables, figures, markup, records, table, wording
 from triqdef_jax.report.flags import Flag
 from triqdef_jax.report.records import Run
@@ -100,13 +101,13 @@ def curves(found: dict[str, dict]) -> str:
 
 
 def sensitivity(found: dict[str, dict]) -> str:
-    """Return clean accuracy and success over a grid of settings."""
-    parts = [
-        table.to_html(evidence_tables.sensitivity(label, record, field), css_class="matrix")
-        for label, record in found.items()
-        for field in ("clean_accuracy", "success")
-    ]
-    return markup.beside(parts)
+    """Return of each grid of settings what differs by more than seeds do, then success and clean accuracy."""
+    parts = []
+    for label, record in found.items():
+        parts.append(f"<p><b>{markup.text(label)}: {markup.text(grids.sentence(record['against_seeds']))}</b></p>")
+        tables = (evidence_tables.sensitivity(label, record, field) for field in ("success", "clean_accuracy"))
+        parts.append(markup.beside([table.to_html(made, css_class="matrix") for made in tables]))
+    return "".join(parts)
 
 
 def pictures(runs: tuple[Run, ...]) -> str:

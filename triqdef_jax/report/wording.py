@@ -126,8 +126,3 @@ def unseen(cell: dict) -> str:
     """Return what of the patches training never met: `unseen size, placement`, or `everything seen`."""
     names = [name for name, is_seen in cell.get("seen", {}).items() if not is_seen]
     return f"unseen {', '.join(names)}" if names else SEEN
-
-
-def changes(point: dict) -> str:
-    """Return the fields in which a point of a grid differs: `loss.alpha=0, loss.beta=2`."""
-    return ", ".join(f"{name}={value}" for name, value in point["changes"].items()) or "as configured"

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from triqdef_jax import across_runs, curriculum, files, results, sources, verdicts
 from triqdef_jax import config as config_lib
-from triqdef_jax import curriculum, files, results, sources, verdicts
 from triqdef_jax.results import HEADLINE, Outcomes
 from triqdef_jax.studies import published
 from triqdef_jax.studies.plan import RunPlan, Study, is_recompressed
@@ -95,9 +95,9 @@ def _short(rate):
 
 
 def paired(one: Evaluated, baseline: Evaluated) -> dict:
-    """Return the paired tests of a run against the baseline of its seed, `verdicts.compare` with the run as a; `refused` says why there are none."""
+    """Return the paired tests of a run, as a, against the baseline of its seed, by `across_runs`; `refused` says why there are none."""
     try:
-        return verdicts.compare(one.record, one.outcomes, baseline.record, baseline.outcomes)
+        return across_runs.compare(one.record, one.outcomes, baseline.record, baseline.outcomes)
     except ValueError as error:
         return {"refused": str(error)}
 
@@ -225,7 +225,7 @@ def over_seeds(rates: list[dict]) -> dict:
     """Summarise a rate over seeds: mean and Student's 95 % interval of the mean; the rate itself where there is one seed."""
     if len(rates) == 1:
         return rates[0]
-    spread = verdicts.over_seeds([rate["rate"] for rate in rates])
+    spread = across_runs.over_seeds([rate["rate"] for rate in rates])
     return {"rate": spread.pop("mean")} | spread
 
 
