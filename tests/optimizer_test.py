@@ -89,17 +89,33 @@ def test_without_gradients_kernels_shrink_by_rate_times_decay_and_nothing_else_m
 
 def test_momentum_sums_earlier_gradients_with_its_factor():
     weights = tiny_weights()
-    gradients = jax.tree.map(jnp.ones_like, weights)
+    gradients = jax.tree.map(lambda x: jnp.full_like(x, 0.1), weights)
     after = steps(optim(weight_decay=0.0), weights, gradients, 2)
-    moved = 0.5 * 1 + 0.5 * (1 + 0.9)
+    moved = 0.1 * (0.5 * 1 + 0.5 * (1 + 0.9))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b - moved, rtol=1e-5), after, weights)
 
 
 def test_clipping_bounds_the_norm_of_the_whole_gradient_before_decay():
     weights = tiny_weights()
-    gradients = jax.tree.map(lambda x: jnp.full_like(x, 4.0), weights)
+    gradients = jax.tree.map(lambda x: jnp.full_like(x, 4.0), weights)._replace(
+        scales=jax.tree.map(jnp.zeros_like, weights.scales)
+    )
     settings = optim(clip_norm=2.0, weight_decay=0.0, momentum=0.0)
     moved = jax.tree.map(jnp.subtract, weights, steps(settings, weights, gradients, 1))
     assert float(optax.tree.norm(moved)) == pytest.approx(0.5 * 2.0, rel=1e-5)  # rate x largest norm
     unclipped = steps(optim(weight_decay=0.0, momentum=0.0), weights, gradients, 1)
     np.testing.assert_allclose(unclipped.params["classifier"]["bias"], 1 - 0.5 * 4)
+
+
+def test_no_scale_crosses_zero_or_more_than_doubles_in_a_step_and_small_steps_are_left_alone():
+    weights = tiny_weights()
+    moved = lambda gradient: steps(
+        optim(weight_decay=0.0, momentum=0.0), weights, jax.tree.map(lambda x: jnp.full_like(x, gradient), weights), 1
+    )
+    scale_of = lambda after: np.asarray(after.scales["stem"]["conv"]["weight_scale"])
+    np.testing.assert_array_equal(scale_of(moved(1e4)), 0.5)
+    np.testing.assert_array_equal(scale_of(moved(-1e4)), 2.0)
+    np.testing.assert_array_equal(scale_of(moved(0.25)), 1 - 0.5 * 0.25)
+    np.testing.assert_array_equal(moved(1e4).affine["stem"]["norm"]["gamma"], 1 - 0.5e4)  # nothing else is held back
+    again = steps(optim(weight_decay=0.0), weights, jax.tree.map(lambda x: jnp.full_like(x, 1e4), weights), 40)
+    assert (scale_of(again) > 0).all()
