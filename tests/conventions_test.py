@@ -26,6 +26,8 @@ LAYERS = (
         "patch_pool",
         "results",
         "sharding",
+        "archives",
+        "shards",
         "checkpoints",
         "timing",
         "verdicts",
