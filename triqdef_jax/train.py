@@ -32,7 +32,7 @@ def main(argv):
 
 def _train(run, loaded):
     """Get the patch pool, train, and say how it ended; returns the exit code."""
-    from triqdef_jax import loop, sources
+    from triqdef_jax import data, loop, sources
     from triqdef_jax.checkpoints import CheckpointError
 
     pool = None
@@ -44,6 +44,8 @@ def _train(run, loaded):
     except (loop.NonFiniteLossError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return entry.EXIT_FAILED
+    except data.RecordError as error:
+        raise entry.UserError(str(error)) from error
     except loop.PreemptedError as error:
         print(error, file=sys.stderr)
         return entry.EXIT_PREEMPTED
