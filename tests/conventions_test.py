@@ -44,6 +44,7 @@ LAYERS = (
         "guards",
         "stand_ins",
         "attack_cost",
+        "data_cost",
         "latency",
         "targets",
         "cells",
