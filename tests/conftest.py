@@ -72,3 +72,17 @@ def trained(tiny_run):
     """Return (`runs.Trained`, data) of that run, read anew for each module, which may change its config."""
     workdir, loaded = tiny_run
     return runs.load_trained(workdir), loaded
+
+
+@pytest.fixture(scope="session")
+def imagenet_dir(tmp_path_factory):
+    """Return the root of a prepared ImageNet of 26 training images, one per class, and 7 for validation."""
+    from absl import flags
+    from prepare_data_test import write_imagenet
+
+    from triqdef_jax import prepare_data
+
+    folder = tmp_path_factory.mktemp("imagenet")
+    prepare_data.prepare("imagenet2012", folder, write_imagenet(folder, num_train=26, num_val=7), skip_checksum=True)
+    flags.FLAGS.mark_as_parsed()  # grain's workers inherit the flags of their parent
+    return str(folder)

@@ -1,63 +1,21 @@
 """Batches are a pure function of (seed, step) on any topology; splits are fixed; evaluation counts each image once."""
 
-import itertools
-import os
 import re
-import socket
-import subprocess
-import sys
 
 import cv2
 import jax
-import ml_collections
 import numpy as np
 import pytest
-from absl import flags
-from prepare_data_test import write_cifar, write_imagenet
+from data_example import assert_equal, first, imagenet, numbered, settings
+from prepare_data_test import write_cifar
 
 from triqdef_jax import data, prepare_data
-from triqdef_jax.data import images, memory, splits, stream
-
-
-def settings(name="digits", **changes):
-    defaults = dict(name=name, dir="", heldout_images=0, num_workers=0, image_size_px=0, prefetch=2, train_images=0)
-    return ml_collections.ConfigDict(defaults | changes)
-
-
-def first(iterator, num):
-    """Take `num` batches to the host and close the iterator."""
-    batches = [jax.tree.map(np.asarray, batch) for batch in itertools.islice(iterator, num)]
-    iterator.close()
-    return batches
-
-
-def assert_equal(batches, others):
-    jax.tree.map(np.testing.assert_array_equal, batches, others)
-
-
-def numbered(num, *, augment="shift"):
-    """A set whose label is the number of the image, and whose images are one distinct colour."""
-    numbers = np.arange(num)
-    pixels = np.broadcast_to(numbers[:, None, None, None] + 1, (num, 4, 4, 3)).astype(np.uint8)
-    split = splits.Split(pixels, numbers.astype(np.int32), numbers)
-    return memory.ImageData("numbered", num, 4, split, split, split, augment)
+from triqdef_jax.data import images, memory, splits
 
 
 @pytest.fixture(scope="module")
 def digits():
     return data.load(settings(heldout_images=147))
-
-
-@pytest.fixture(scope="module")
-def imagenet_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("imagenet")
-    prepare_data.prepare("imagenet2012", folder, write_imagenet(folder, num_train=26, num_val=7), skip_checksum=True)
-    flags.FLAGS.mark_as_parsed()  # grain's workers inherit the flags of their parent
-    return str(folder)
-
-
-def imagenet(imagenet_dir, **changes):
-    return data.load(settings("imagenet", dir=imagenet_dir, image_size_px=16, **changes))
 
 
 # Digits
@@ -214,80 +172,6 @@ def test_cifar10_has_the_pixels_labels_and_order_of_the_archive(tmp_path):
     assert cifar.augment == "crop_flip" and cifar.image_size_px == 32 and cifar.num_train == 30
 
 
-@pytest.mark.parametrize(("name", "builder"), [("cifar10", "cifar10"), ("imagenet", "imagenet2012")])
-def test_missing_data_is_told_in_one_line_without_touching_the_network(tmp_path, monkeypatch, name, builder):
-    def refuse(*args, **kwargs):
-        raise AssertionError("a socket was opened")
-
-    monkeypatch.setattr(socket, "socket", refuse)
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    advice = f"run: python -m triqdef_jax.prepare_data --dataset={builder} --data_dir={tmp_path}"
-    with pytest.raises(FileNotFoundError) as caught:
-        data.load(settings(name))
-    assert str(caught.value) == f"{builder} is not prepared in {tmp_path}; {advice}"
-    (tmp_path / builder).mkdir()
-    with pytest.raises(FileNotFoundError, match=f"{builder} is not completely prepared") as caught:
-        data.load(settings(name, dir=str(tmp_path)))
-    assert str(caught.value).endswith(advice) and "\n" not in str(caught.value)
-
-
-def test_a_set_in_another_file_format_is_refused(tmp_path):
-    archive, *_ = write_cifar(tmp_path)
-    info = prepare_data.prepare("cifar10", tmp_path, {"archive": archive}, skip_checksum=True) / "dataset_info.json"
-    info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(ValueError, match=r"not in array_record format; run: .* --overwrite$"):
-        data.load(settings("cifar10", dir=str(tmp_path)))
-
-
-# ImageNet
-
-
-def test_a_streamed_run_resumes_exactly_and_every_epoch_is_another_permutation(imagenet_dir):
-    source = imagenet(imagenet_dir)
-    whole = first(source.train_batches(seed=1, batch_size=4, start_step=0), 13)  # two epochs of 26
-    assert_equal(whole[5:], first(source.train_batches(seed=1, batch_size=4, start_step=5), 8))
-    epochs = np.concatenate([batch["labels"] for batch in whole]).reshape(2, 26)
-    assert all(sorted(epoch) == list(range(26)) for epoch in epochs.tolist())
-    assert (epochs[0] != epochs[1]).any()
-    assert whole[0]["images"].shape == (4, 16, 16, 3) and whole[0]["images"].dtype == np.uint8
-    pixels = np.concatenate([batch["images"] for batch in whole])
-    one, two = pixels[epochs.ravel() == 0]
-    assert (one != two).any(), "another epoch, another crop"
-
-
-def test_workers_do_not_change_the_batches(imagenet_dir):
-    expected = first(imagenet(imagenet_dir).train_batches(seed=1, batch_size=4, start_step=2), 4)
-    source = imagenet(imagenet_dir, num_workers=2)
-    assert_equal(expected, first(source.train_batches(seed=1, batch_size=4, start_step=2), 4))
-
-
-def test_held_out_images_are_never_trained_on(imagenet_dir):
-    source = imagenet(imagenet_dir, heldout_images=6, train_images=15)
-    assert source.num_train == 15 and source.heldout.images.shape == (6, 16, 16, 3)
-    trained = np.concatenate([b["labels"] for b in first(source.train_batches(seed=0, batch_size=5, start_step=0), 6)])
-    assert len(set(trained.tolist())) == 15, "two epochs of 15 images"
-    assert not set(trained.tolist()) & set(source.heldout.labels.tolist()), "every class has one image"
-    for row, index in enumerate(source.heldout.ids):
-        original = images.decode(source.train.source[int(index)]["image"])
-        np.testing.assert_array_equal(source.heldout.images[row], images.centre_crop(original, 16))
-
-
-def test_streamed_evaluation_counts_every_image_once(imagenet_dir):
-    source = imagenet(imagenet_dir, heldout_images=2)
-    for split, num in (("test", 7), ("train", 24), ("heldout", 2)):
-        batches = list(source.eval_batches(split, 5))
-        assert all(batch["images"].shape == (5, 16, 16, 3) for batch in batches)
-        masks, ids = (np.concatenate([batch[name] for batch in batches]) for name in ("mask", "ids"))
-        assert masks.sum() == num and len(set(ids[masks == 1].tolist())) == num and (ids[masks == 0] == -1).all()
-
-
-def test_a_record_that_is_no_image_is_named():
-    broken = stream.Records([{"image": b"no image", "label": 0}], np.array([0]))
-    source = stream.StreamData("broken", 1, 8, broken, numbered(1).train, broken, 0, 1)
-    with pytest.raises(ValueError, match="record 0: expected a JPEG or PNG image, got 8 bytes that are none"):
-        next(source.eval_batches("test", 1))
-
-
 # Single images
 
 
@@ -332,66 +216,3 @@ def test_random_crops_are_mirrored_half_of_the_time():
     assert {crop.shape for crop in crops} == {(16, 16, 3)}
     mirrored = np.mean([crop[0, 0, 0] > crop[0, -1, 0] for crop in crops])
     assert abs(mirrored - 0.5) < 0.1, "four standard deviations of 400 fair draws"
-
-
-# Topologies
-
-_PROCESS = """
-import sys
-import jax, numpy as np
-rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-jax.distributed.initialize(f"localhost:{port}", 2, rank, cluster_detection_method="deactivate")
-sys.path.insert(0, "tests")
-import data_test
-mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-rows = {}
-for name, source in data_test.topology_sources(folder):
-    iterator = source.train_batches(seed=5, batch_size=8, start_step=2, sharding=sharding)
-    for step in range(2):
-        for field, array in next(iterator).items():
-            assert array.shape[0] == 8 and array.sharding == sharding, array.sharding
-            for shard in array.addressable_shards:
-                rows[f"{name}/{field}/{step}/{shard.index[0].start}"] = np.asarray(shard.data)
-    iterator.close()
-np.savez(f"{folder}/rank{rank}.npz", **rows)
-"""
-
-
-def topology_sources(folder):
-    return [("memory", numbered(20, augment="crop_flip")), ("stream", imagenet(folder))]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return str(probe.getsockname()[1])
-
-
-def test_two_processes_with_two_devices_each_meet_the_batches_of_one_device(imagenet_dir):
-    root, port = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), free_port()
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": ""}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _PROCESS, str(rank), port, imagenet_dir],
-            cwd=root,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
-    ranks = [np.load(f"{imagenet_dir}/rank{rank}.npz") for rank in range(2)]
-    assert all(key.endswith(("/0", "/2")) for key in ranks[0]) and all(key.endswith(("/4", "/6")) for key in ranks[1])
-    for name, source in topology_sources(imagenet_dir):
-        for step, batch in enumerate(first(source.train_batches(seed=5, batch_size=8, start_step=2), 2)):
-            for field, array in batch.items():
-                parts = [ranks[start // 4][f"{name}/{field}/{step}/{start}"] for start in (0, 2, 4, 6)]
-                np.testing.assert_array_equal(np.concatenate(parts), array)

@@ -12,9 +12,13 @@ import cv2
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.utils import shard_utils
 
-from triqdef_jax import prepare_data
+from triqdef_jax import archives as archives_lib
+from triqdef_jax import files, prepare_data
+from triqdef_jax.archives import Archive
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 CIFAR_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
@@ -80,6 +84,12 @@ def read(data_dir, name, split):
     return tfds.builder(name, data_dir=data_dir, file_format="array_record").as_data_source(split)
 
 
+def encoded(data_dir, split):
+    """The records of ImageNet in their order, the images as bytes."""
+    builder = tfds.builder("imagenet2012", data_dir=data_dir, file_format="array_record")
+    return list(builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}))
+
+
 def is_prepared(data_dir):
     return tfds.builder("cifar10", data_dir=data_dir, file_format="array_record").is_prepared()
 
@@ -135,26 +145,95 @@ def test_a_failed_overwrite_keeps_the_old_set(tmp_path):
     assert not list(tmp_path.glob(".prepare-*"))
 
 
-def test_a_killed_preparation_leaves_nothing_that_looks_complete(tmp_path, capsys):
-    archive, *_ = write_cifar(tmp_path)
+SMALL_SHARDS = 3000  # bytes, in place of 64 MiB: 26 images of 1 kB make eight shards
+
+
+def killed_preparation(archives, data_dir):
+    """Prepare ImageNet in another process that is killed before it reads its 15th image; the archives' digests are right ones."""
     code = (
-        "import os, sys; from triqdef_jax import prepare_data as p\n"
-        "encode, calls = p._encode, []\n"
+        "import os, sys; sys.path.insert(0, 'tests'); import prepare_data_test as test\n"
+        "from triqdef_jax import archives, prepare_data\n"
+        "from tensorflow_datasets.core.utils import shard_utils\n"
+        "read, calls = archives.read, []\n"
         "def killed(*args):\n"
         "    calls.append(0)\n"
-        "    return os.kill(os.getpid(), 9) if len(calls) == 45 else encode(*args)\n"  # in the second split
-        "p._encode = killed\n"
-        "p.prepare('cifar10', sys.argv[1], {'archive': sys.argv[2]}, skip_checksum=True)\n"
+        "    return os.kill(os.getpid(), 9) if len(calls) == 15 else read(*args)\n"
+        "archives.read = killed\n"
+        "shard_utils.ShardConfig.min_shard_size = test.SMALL_SHARDS\n"
+        "paths = dict(zip(('archive_train', 'archive_val'), sys.argv[2:], strict=True))\n"
+        "prepare_data.ARCHIVES['imagenet2012'] = test.with_digests(paths)\n"
+        "prepare_data.prepare('imagenet2012', sys.argv[1], paths)\n"
     )
-    killed = subprocess.run([sys.executable, "-c", code, tmp_path / "sets", archive], capture_output=True, text=True)
-    assert killed.returncode == -9, killed.stderr
-    (leftover,) = (tmp_path / "sets").iterdir()
-    assert list(leftover.rglob("*train*")), "killed before the first split was written: the test would prove nothing"
-    assert not is_prepared(tmp_path / "sets")
-    capsys.readouterr()
+    command = [sys.executable, "-c", code, data_dir, *archives.values()]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def with_digests(paths):
+    digest = lambda path: hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+    return {flag: Archive(pathlib.Path(path).name, digest(path)) for flag, path in paths.items()}
+
+
+def test_a_killed_preparation_looks_incomplete_and_the_same_command_repeats_one_shard_at_most(
+    tmp_path, monkeypatch, capsys
+):
+    archives = write_imagenet(tmp_path)
+    killed = killed_preparation(archives, tmp_path / "sets")
+    assert killed.returncode == -9 and killed.stderr.count("checking") == 2, killed.stderr
+    (staging,) = (tmp_path / "sets").iterdir()
+    written = {path.name: path.stat().st_mtime_ns for path in staging.rglob("*-of-00008")}
+    assert 1 < len(written) < 8, (
+        "killed before or after the shards of the training images: the test would prove nothing"
+    )
+
+    monkeypatch.setattr(shard_utils.ShardConfig, "min_shard_size", SMALL_SHARDS)
+    monkeypatch.setitem(prepare_data.ARCHIVES, "imagenet2012", with_digests(archives))
+    names, read_member = [], archives_lib.read
+    monkeypatch.setattr(archives_lib, "read", lambda path, member: names.append(member) or read_member(path, member))
+    final = prepare_data.prepare("imagenet2012", tmp_path / "sets", archives)
+    said = capsys.readouterr().err
+    assert "checking" not in said and "reading the headers" not in said
+    after = {path.name: path.stat().st_mtime_ns for path in final.glob("*-of-00008")}
+    assert len(after) == 8 and written.items() <= after.items()
+    repeated = 14 + len(names) - (26 + 7)
+    assert 0 <= repeated <= 4, "three or four images make a shard"
+    expected = prepare_data.prepare("imagenet2012", tmp_path / "undisturbed", archives, skip_checksum=True)
+    assert sorted(contents(final)) == sorted(contents(expected))
+    for split in ("train", "validation"):
+        ours, theirs = (encoded(tmp_path / name, split) for name in ("sets", "undisturbed"))
+        assert len(ours) > 0 and ours == theirs
+    assert [path.name for path in (tmp_path / "sets").iterdir()] == ["imagenet2012"]
+
+
+def test_what_was_written_from_other_archives_is_dropped(tmp_path, capsys):
+    archive, *_ = write_cifar(tmp_path)
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(prepare_data, "_encode", InterruptedAt(45, prepare_data._encode))  # in the second split
+        prepare_cifar(tmp_path / "sets", archive)
+    assert list((tmp_path / "sets/.prepare-cifar10").rglob("*train*")) and not is_prepared(tmp_path / "sets")
+    write_cifar(tmp_path, num_train=50)
     prepare_cifar(tmp_path / "sets", archive)
-    assert str(leftover) in capsys.readouterr().err
-    assert len(read(tmp_path / "sets", "cifar10", "test")) == 10
+    assert "beginning anew" in capsys.readouterr().err
+    assert len(read(tmp_path / "sets", "cifar10", "train")) == 50
+
+
+class InterruptedAt:
+    """A function that meets Ctrl-C at one of its calls."""
+
+    def __init__(self, call, function):
+        self.calls, self.call, self.function = 0, call, function
+
+    def __call__(self, *args):
+        self.calls += 1
+        if self.calls == self.call:
+            raise KeyboardInterrupt
+        return self.function(*args)
+
+
+def test_a_set_that_another_process_prepares_is_refused(tmp_path):
+    archive, *_ = write_cifar(tmp_path)
+    with files.exclusive(tmp_path / ".prepare-cifar10/.lock"):
+        with pytest.raises(ValueError, match=r"another process is at work in .*prepare-cifar10; wait for it"):
+            prepare_cifar(tmp_path, archive)
 
 
 def test_an_incomplete_directory_is_refused_and_not_deleted(tmp_path):
@@ -173,7 +252,7 @@ def test_a_wrong_checksum_ends_the_program_with_one_line_and_code_2(tmp_path):
         [*command, f"--data_dir={tmp_path / 'sets'}", f"--archive={archive}"],
         capture_output=True,
         text=True,
-        cwd=pathlib.Path(__file__).parents[1],
+        cwd=ROOT,
     )
     assert result.returncode == 2
     said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -182,16 +261,6 @@ def test_a_wrong_checksum_ends_the_program_with_one_line_and_code_2(tmp_path):
     assert said == [f"error: wrong checksum of {archive}: SHA-256 is {found}, expected {expected}; download it anew"]
     assert "Traceback" not in result.stderr
     assert not is_prepared(tmp_path / "sets")
-
-
-def test_the_checksums_are_those_that_tfds_lists():
-    lists = ("url_checksums/cifar10.txt", "datasets/imagenet2012/checksums.tsv")
-    listed = "".join(tfds.core.tfds_path(path).read_text() for path in lists)
-    by_name = {line.split()[0].rsplit("/")[-1]: line.split()[2] for line in listed.splitlines()}
-    archives = [archive for known in prepare_data.ARCHIVES.values() for archive in known.values()]
-    assert {archive.file_name: archive.sha256 for archive in archives} == {
-        archive.file_name: by_name[archive.file_name] for archive in archives
-    }
 
 
 @pytest.mark.parametrize(
@@ -231,15 +300,13 @@ def test_bad_requests_say_what_to_do(tmp_path):
 def test_imagenet_keeps_file_bytes_and_takes_labels_from_classes_and_numbers(tmp_path):
     archives = write_imagenet(tmp_path)
     prepare_data.prepare("imagenet2012", tmp_path, archives, skip_checksum=True)
-    builder = tfds.builder("imagenet2012", data_dir=tmp_path, file_format="array_record")
-    encoded = {"image": tfds.decode.SkipDecoding()}
-    train = list(builder.as_data_source("train", decoders=encoded))
+    train = encoded(tmp_path, "train")
     assert {record["file_name"].decode() for record in train} == {f"{name}_1.JPEG" for name in synsets()[:26]}
     assert all(synsets()[record["label"]] in record["file_name"].decode() for record in train)
     truth = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").read_text().split()
     with tarfile.open(archives["archive_val"]) as archive:
         originals = {name: archive.extractfile(name).read() for name in archive.getnames()}
-    validation = {r["file_name"].decode(): r for r in builder.as_data_source("validation", decoders=encoded)}
+    validation = {record["file_name"].decode(): record for record in encoded(tmp_path, "validation")}
     assert len(validation) == 7
     for number in range(1, 8):
         record = validation[validation_name(number)]
@@ -250,8 +317,8 @@ def test_imagenet_keeps_file_bytes_and_takes_labels_from_classes_and_numbers(tmp
 def test_the_odd_files_of_imagenet_become_rgb_jpegs(tmp_path):
     image = np.full((20, 30, 3), (10, 120, 230), np.uint8)
     png = cv2.imencode(".png", image[..., ::-1])[1].tobytes()
-    name, example = prepare_data._imagenet_example("n02105855_2933.JPEG", png, label="n02105855")
-    assert name == example["file_name"] == "n02105855_2933.JPEG"
+    example = prepare_data._imagenet_example("n02105855_2933.JPEG", png, label="n02105855")
+    assert example["file_name"] == "n02105855_2933.JPEG" and example["label"] == "n02105855"
     encoded = example["image"].read()
     assert encoded[:3] == b"\xff\xd8\xff", "no JPEG"
     decoded = prepare_data.images.decode(encoded).astype(int)
@@ -263,32 +330,4 @@ def test_validation_images_of_unknown_number_are_refused(tmp_path):
     write_tar(archives["archive_val"], {"ILSVRC2012_val_00050001.JPEG": b"", "cat.JPEG": b""})
     with pytest.raises(ValueError, match=r"ILSVRC2012_val_00050001.JPEG', expected ILSVRC2012_val_00000001.JPEG"):
         prepare_data.prepare("imagenet2012", tmp_path / "sets", archives, skip_checksum=True)
-    assert not list((tmp_path / "sets").iterdir())
-
-
-def test_a_fetched_file_appears_only_when_complete_and_right(tmp_path):
-    source = tmp_path / "source.bin"
-    source.write_bytes(b"contents")
-    digest, target = hashlib.sha256(b"contents").hexdigest(), tmp_path / "downloads/file.bin"
-    with pytest.raises(ValueError, match=r"wrong checksum of .*file.bin: .*expected 0000"):
-        prepare_data.fetch(source.as_uri(), target, "0" * 64)
-    assert not list(target.parent.iterdir())
-    assert prepare_data.fetch(source.as_uri(), target, digest) == target
-    assert target.read_bytes() == b"contents"
-    source.unlink()
-    assert prepare_data.fetch(source.as_uri(), target, digest) == target, "a file that is there is not fetched again"
-    target.unlink()
-    with pytest.raises(FileNotFoundError, match=r"cannot fetch file:.*; get the file and pass --archive=FILE"):
-        prepare_data.fetch(source.as_uri(), target, digest)
-
-
-def test_an_interrupt_removes_what_was_written(tmp_path, monkeypatch):
-    archive, *_ = write_cifar(tmp_path)
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepare_data, "_encode", interrupt)
-    with contextlib.suppress(KeyboardInterrupt):
-        prepare_cifar(tmp_path / "sets", archive)
     assert not list((tmp_path / "sets").iterdir())

@@ -1,5 +1,7 @@
-"""Measure what steps cost: `python -m triqdef_jax.benchmark --config=FILE[:variant] [--what=step|attacks|defenses|deploy]`.
+"""Measure what steps cost: `python -m triqdef_jax.benchmark --config=FILE[:variant] [--what=WHAT]`.
 
+`--what=data`: the input alone. ImageNet: images per second of the pipeline and of decoding and cropping alone; the others: a batch
+beside a training step.
 `--what=deploy`: bytes and ms of the integer ONNX file of each bit-width beside float32 and onnxruntime's own static quantization.
 `--what=defenses`: ms per image behind each defence at inference, and of the bare network.
 `--what=attacks`: patch steps per second of the universal attack, ten targets in one program, against forward and
@@ -10,13 +12,14 @@ busy machine disturbs all alike; quote ratios from one pinned core (`taskset -c 
 figures as JSON. Nothing is trained.
 """
 
+import functools
 import statistics
 
 import jax
 import numpy as np
 from absl import flags
 
-from triqdef_jax import attack_cost, entry, files, latency, loop, quantize, sharding, stand_ins, train_step
+from triqdef_jax import attack_cost, data_cost, entry, files, latency, loop, quantize, sharding, stand_ins, train_step
 from triqdef_jax import config as config_lib
 from triqdef_jax.shipping import speed
 from triqdef_jax.timing import Cost, Piece, check_rounds, number_text, scaled, spread, spread_text
@@ -231,6 +234,13 @@ def measure_deploy(config, *, rounds: int = 5) -> dict:
     return {**stand_ins.describe(config), "rounds": rounds, "onnx": found}
 
 
+def measure_data(config, *, rounds: int = 5) -> dict:
+    """Measure the input alone, beside the method's step where the set lies in memory; as `data_cost.measure`."""
+    plan = "per_bit" if jax.device_count() == 1 else "fused"
+    stepper = functools.cache(lambda: Stepper(config, plan))  # compiled where a step is asked for
+    return data_cost.measure(config, lambda: stepper().take(), rounds=rounds)
+
+
 def format_defenses(figures: dict) -> str:
     """Return the latencies as lines of text."""
     head = (
@@ -304,6 +314,7 @@ SUBJECTS = {
     "attacks": (attack_cost.measure, attack_cost.text),
     "defenses": (measure_defenses, format_defenses),
     "deploy": (measure_deploy, format_deploy),
+    "data": (measure_data, data_cost.text),
 }
 
 if __name__ == "__main__":
@@ -311,5 +322,5 @@ if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", None, "JSON file for the figures; by default they are printed only.")
     _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed steps of each kind.")
     _PLANS = flags.DEFINE_list("plans", "per_bit,fused", "Compilation plans to measure: per_bit, fused.")
-    _WHAT = flags.DEFINE_string("what", "step", "What to measure: step, attacks, defenses or deploy.")
+    _WHAT = flags.DEFINE_string("what", "step", "What to measure: step, attacks, defenses, deploy or data.")
     entry.run_program(main)

@@ -39,7 +39,7 @@ def _open(held):
 
 def _train(run, loaded):
     """Get the patch pool, train, and say how it ended; returns the exit code."""
-    from triqdef_jax import loop, sources
+    from triqdef_jax import data, loop, sources
     from triqdef_jax.checkpoints import CheckpointError
 
     pool = None
@@ -51,6 +51,8 @@ def _train(run, loaded):
     except (loop.NonFiniteLossError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return entry.EXIT_FAILED
+    except data.RecordError as error:
+        raise entry.UserError(str(error)) from error
     except loop.PreemptedError as error:
         processes.say(str(error), file=sys.stderr)
         return entry.EXIT_PREEMPTED

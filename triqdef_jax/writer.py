@@ -94,6 +94,7 @@ class Progress:
         start_step: int = 0,
         is_lead: bool = True,
         stream: TextIO | None = None,
+        unit: str = "step",
     ):
         """Starts the clock.
 
@@ -103,7 +104,9 @@ class Progress:
           start_step: the step the run resumes from; it counts as done but not towards the speed.
           is_lead: False for the processes that must be silent.
           stream: where to write; None means stderr.
+          unit: what is counted.
         """
+        self._unit = unit
         self._total_steps = total_steps
         self._images_per_step = images_per_step
         self._is_lead = is_lead
@@ -131,7 +134,7 @@ class Progress:
         if not self._is_lead:
             return
         self._measure(step)
-        parts = [f"step {step}/{self._total_steps}", label]
+        parts = [f"{self._unit} {step}/{self._total_steps}", label]
         parts += [f"{name} {float(value):.4g}" for name, value in (values or {}).items()]
         if self._rate:
             parts.append(f"{self._rate * self._images_per_step:.4g} images/s")

@@ -4,19 +4,18 @@ Layout: images uint8 [N, H, W, 3] in 0..255 (RGB), labels int32 [N], ids int64 [
 Left out: downloads and preparation (`prepare_data`); nothing here opens a socket or imports TensorFlow.
 """
 
-import os
-import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from triqdef_jax.data import images
 from triqdef_jax.data.memory import ImageData
+from triqdef_jax.data.prepared import Encoded, open_splits, resolve_dir
 from triqdef_jax.data.splits import Split, check_at_least, choose, evenly_spaced, stratified_mask, take
-from triqdef_jax.data.stream import Records, StreamData, centre_split
+from triqdef_jax.data.stream import RecordError, Records, StreamData, centre_split
 
-__all__ = ["LOADERS", "ImageData", "Split", "StreamData", "load", "resolve_dir", "test_arrays"]
+__all__ = ["LOADERS", "ImageData", "RecordError", "Split", "StreamData", "load", "resolve_dir", "test_arrays"]
 
 _DIGITS_TEST_IMAGES = 450  # a quarter of 1,797
 
@@ -34,7 +33,7 @@ def load(settings: Any) -> ImageData | StreamData:
         `ImageData` for digits and cifar10, `StreamData` for imagenet.
 
     Raises:
-        ValueError: unknown name, a negative number, or more images asked for than there are.
+        ValueError: unknown name, a negative number, more images asked for than there are, or damaged files.
         FileNotFoundError: the set is not prepared; the message says how to do it.
     """
     loader = choose(LOADERS, settings.name, "data.name")
@@ -57,11 +56,6 @@ def test_arrays(data: ImageData | StreamData, batch_size: int, limit: int) -> tu
     )
 
 
-def resolve_dir(data_dir: str) -> pathlib.Path:
-    """Return where prepared sets lie: `data_dir`, or if it is '' $TFDS_DATA_DIR, or else ~/tensorflow_datasets."""
-    return pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-
-
 def _load_digits(settings: Any) -> ImageData:
     from sklearn import datasets  # here, because importing it takes 1.5 s
 
@@ -76,12 +70,12 @@ def _load_digits(settings: Any) -> ImageData:
 
 
 def _load_cifar10(settings: Any) -> ImageData:
-    train, test = (_decode_cifar(source) for source in _open("cifar10", ("train", "test"), settings.dir))
+    train, test = (_decode_cifar(source) for source in open_splits("cifar10", ("train", "test"), settings.dir))
     return _image_data("cifar10", 32, train, test, "crop_flip", settings)
 
 
 def _load_imagenet(settings: Any) -> StreamData:
-    train, test = _open("imagenet2012", ("train", "validation"), settings.dir)
+    train, test = open_splits("imagenet2012", ("train", "validation"), settings.dir)
     _check_heldout(settings, len(train))
     # Records lie in the order of a hash of their names, so evenly spaced ones are a fair sample; no label is read.
     is_heldout = np.zeros(len(train), bool)
@@ -138,27 +132,9 @@ def _resize(split: Split, size_px: int) -> Split:
     return split._replace(images=resized)
 
 
-def _decode_cifar(source: Sequence[dict[str, Any]]) -> Split:
+def _decode_cifar(source: Encoded) -> Split:
     """Decode a split into its original order, which the example ids ('train_00042') carry."""
-    encoded = sorted(source.__getitems__(range(len(source))), key=lambda record: record["id"])
+    encoded = sorted(source.take(range(len(source))), key=lambda record: record["id"])
     ids = np.array([int(record["id"].rsplit(b"_")[-1]) for record in encoded], np.int64)
     pixels = np.stack([images.decode(record["image"]) for record in encoded])
     return Split(pixels, np.array([record["label"] for record in encoded], np.int32), ids)
-
-
-def _open(name: str, splits: Sequence[str], data_dir: str) -> list[Sequence[dict[str, Any]]]:
-    """Open splits of a prepared set with the images left encoded."""
-    path = resolve_dir(data_dir)
-    advice = f"run: python -m triqdef_jax.prepare_data --dataset={name} --data_dir={path}"
-    if not (path / name).is_dir():  # answered at once, before the import and TFDS's own warnings
-        raise FileNotFoundError(f"{name} is not prepared in {path}; {advice}")
-    import tensorflow_datasets as tfds
-
-    try:
-        builder = tfds.builder(name, data_dir=path, file_format="array_record")
-    except ValueError as error:  # TFDS refuses a format that differs from the one on disk
-        raise ValueError(f"{name} in {path} is damaged or not in array_record format; {advice} --overwrite") from error
-    missing = [split for split in splits if not builder.is_prepared() or split not in builder.info.splits]
-    if missing:
-        raise FileNotFoundError(f"{name} is not completely prepared in {path} (no {', '.join(missing)}); {advice}")
-    return [builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}) for split in splits]

@@ -65,7 +65,7 @@ def random_resized_crop(rng: np.random.Generator, image: np.ndarray, size_px: in
     """
     top, left, rows, cols = _draw_window(rng, *image.shape[:2])
     crop = resize(image[top : top + rows, left : left + cols], size_px, size_px)
-    return np.ascontiguousarray(crop[:, ::-1]) if rng.random() < 0.5 else crop
+    return cv2.flip(crop, 1) if rng.random() < 0.5 else crop
 
 
 def _draw_window(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
