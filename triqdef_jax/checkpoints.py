@@ -19,9 +19,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers
 
-from triqdef_jax import files
+from triqdef_jax import files, retention
 
 _log = logging.getLogger(__name__)
 
@@ -43,12 +42,13 @@ class Checkpointer:
     the first `save`; reading never changes a directory, except that `restore` sets damaged checkpoints aside.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int = 3):
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 3, keep_best: bool = False):
         """Binds to a directory, which need not exist.
 
         Args:
           directory: where the checkpoints of the run lie.
           keep: how many of the newest are kept.
+          keep_best: whether the one with the highest `retention.SCORE` in its meta is kept as well.
 
         Raises:
           ValueError: ``keep`` is less than one.
@@ -57,7 +57,8 @@ class Checkpointer:
             raise ValueError(f"keep must be 1 or more checkpoints; got {keep}")
         _quiet_orbax()
         self._directory = pathlib.Path(directory).absolute()
-        self._keep = keep
+        self._keep, self._keep_best = keep, keep_best
+        self._scores: dict[int, float] = {}  # of the steps on the disk and the one being written
         self._manager: ocp.CheckpointManager | None = None
         self._newest: tuple[int, str] | None = None  # step and digest of what was saved or restored last
 
@@ -95,14 +96,21 @@ class Checkpointer:
                 "or choose another workdir"
             )
         with self._writing():
+            manager = self._open()
+            if self._keep_best and retention.SCORE in meta:
+                self._scores[step] = meta[retention.SCORE]
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record))
-            self._open().save(step, args=args, force=True)
+            manager.save(step, args=args, force=True)
         self._newest = (step, record["digest"])
         return True
 
     def latest_step(self) -> int | None:
         """Returns the newest step that is completely written, content unverified; None where there is none."""
         return max(self._steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """Returns the completely written step of the highest score, content unverified; None where none has one."""
+        return retention.best_of(retention.read_scores(self._directory, self._steps()))
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
         """Returns the newest sound checkpoint in the shapes and places asked for.
@@ -195,10 +203,11 @@ class Checkpointer:
         """Returns the manager that writes; opening it removes what an interrupted save has left."""
         if self._manager is None:
             self._directory.mkdir(parents=True, exist_ok=True)
+            self._scores = retention.read_scores(self._directory, self._steps()) if self._keep_best else {}
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=checkpoint_managers.LatestN(self._keep),
+                    preservation_policy=retention.NewestAndBest(self._keep, self._scores),
                     cleanup_tmp_directories=True,
                     enable_async_checkpointing=True,
                 ),

@@ -16,13 +16,24 @@ from triqdef_jax.checkpoints import Checkpointer
 from triqdef_jax.models.multibit import MultiBitNetwork, Weights
 
 CONFIG_FILE = "config.json"
+LAST, BEST = "last", "best"  # names of checkpoints beside the steps themselves
 LOCK_FILE = ".lock"  # held by the process that trains in the directory
 # Fields that may differ when a run is continued: they say where things lie and how fast, not what is trained.
-FREE_FIELDS = ("data.dir", "data.num_workers", "data.prefetch", "patches.shared_dir", "train.keep_checkpoints")
+FREE_FIELDS = (
+    "data.dir",
+    "data.num_workers",
+    "data.prefetch",
+    "patches.shared_dir",
+    "train.keep_checkpoints",
+    "train.keep_best",
+)
 
 
 class Trained(NamedTuple):
-    """A trained network: config, network, weights and running statistics on the default device, finished steps, round_bias."""
+    """A trained network: config, network, weights and running statistics on the default device, finished steps.
+
+    `calibration_images` are those of bit-widths that were not trained. `results` is the folder, within the workdir, of what is measured on it.
+    """
 
     config: ConfigDict
     network: MultiBitNetwork
