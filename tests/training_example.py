@@ -1,8 +1,8 @@
 """A run of seconds for tests that kill, starve or resume one: a network of one block on synthetic images of 8 px, 32 steps in three stages.
 
 As a script it is one process of such a run: `python tests/training_example.py WORKDIR [--event=EVENT --at=N] [--rank=R --port=P]`. It prints where it
-resumes and every step that it begins, then how often each program was compiled, and exits like the train program. EVENT is
-one of `EVENTS`, which ends the process at a place that a test chooses; with a port it is rank R of two processes.
+resumes, every step and every save that it begins, then how often each program was compiled, and exits like the train program. EVENT
+is one of `EVENTS`, which ends the process at a place that a test chooses; with a port it is rank R of two processes.
 """
 
 import argparse
@@ -111,12 +111,20 @@ class ToldData:
 
 
 class ToldCheckpointer(checkpoints.Checkpointer):
-    """Prints the step of what is restored."""
+    """Prints the step of what is restored, every step whose save begins, and that the last save is on the disk."""
 
     def restore(self, abstract_state):
         found = super().restore(abstract_state)
-        print(f"resumes from {found[1]['step'] if found else None}", flush=True)
+        print(f"resumes from {found[1]['step']}", flush=True)
         return found
+
+    def save(self, step, state, meta):
+        print(f"saves {step}", flush=True)
+        return super().save(step, state, meta)
+
+    def __exit__(self, *exc):
+        super().__exit__(*exc)
+        print("closed", flush=True)
 
 
 def end(signal_number):
