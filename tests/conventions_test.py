@@ -24,6 +24,7 @@ LAYERS = (
         "files",
         "optimizer",
         "patch_pool",
+        "processes",
         "results",
         "sharding",
         "checkpoints",

@@ -15,7 +15,6 @@ import argparse
 import collections
 import dataclasses
 import pathlib
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import time
 
 import numpy as np
 import training_example as example
+from several_processes import free_port
 
 from triqdef_jax import checkpoints, loop
 
@@ -68,7 +68,7 @@ class Attempt:
     def __init__(self, workdir, environment, num_processes):
         flags = [[]]
         if num_processes > 1:
-            port = _free_port()
+            port = free_port()
             flags = [[f"--rank={rank}", f"--port={port}"] for rank in range(num_processes)]
         pipes = dict(stdout=subprocess.PIPE, text=True, env=environment)
         self.logs = [open(workdir.with_name(f"{workdir.name}-{rank}.log"), "a+") for rank in range(num_processes)]
@@ -189,12 +189,6 @@ def _check_start(tally, newest, attempt, said):
             f"step {newest} was the newest whole one, resumed from {attempt.resumed_from}: {attempt.lines}", flush=True
         )
     tally.called_damaged += any("damaged" in text for text in said)
-
-
-def _free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 def main(arguments):

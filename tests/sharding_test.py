@@ -1,26 +1,19 @@
 """Batches are split by rows, in order, over devices and processes."""
 
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
+from several_processes import run_processes
 
 from triqdef_jax import sharding
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 TWO_PROCESSES = """
-import sys
 import jax, numpy as np
-from triqdef_jax import sharding
-rank = int(sys.argv[1])
-jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, rank, cluster_detection_method="deactivate")
+from triqdef_jax import processes, sharding
+connected = processes.started(processes.complete(processes.Start("on")))
+connected.__enter__()
+rank = jax.process_index()
 mesh = sharding.data_mesh()
 local = np.arange(4)[:, None] + 4 * rank
 batch = sharding.put_batch({"rows": local.astype(np.uint8)}, mesh)["rows"]
@@ -31,36 +24,22 @@ assert {s.device.process_index for s in batch.addressable_shards} == {rank}
 total = jax.jit(lambda x: x.sum(dtype=np.int32), out_shardings=sharding.replicated(mesh))(batch)
 assert int(total) == 28
 assert sharding.is_lead() == (rank == 0)
+key = jax.random.key(3)
+tree = sharding.replicate({"key": key, "host": np.arange(3), "device": jax.numpy.ones(2), "whole": total}, mesh)
+assert all(leaf.sharding.is_fully_replicated and len(leaf.sharding.device_set) == 4 for leaf in tree.values())
+assert bool(jax.random.key_data(tree["key"])[1] == 3) and np.array_equal(tree["host"], np.arange(3))
 try:
     sharding.data_mesh(2)
 except ValueError as error:
     print(error)
-jax.distributed.shutdown()
+connected.__exit__(None, None, None)
 """
 
 
 def test_two_processes_with_two_devices_each_hold_one_global_batch_in_row_order():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    env = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(rank), port],
-            env=env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
-    outputs = [child.communicate(timeout=60)[0] for child in children]
-    assert [child.returncode for child in children] == [0, 0], outputs
-    assert all("2 processes must use all 4 devices; got 2" in output for output in outputs)
+    for code, out, err in run_processes(TWO_PROCESSES, num_devices=2):
+        assert code == 0, err
+        assert "2 processes must use all 4 devices; got 2" in out
 
 
 def test_the_mesh_has_one_auto_axis_over_all_devices():

@@ -15,10 +15,9 @@ import signal
 import sys
 import threading
 
-import jax
 import numpy as np
 
-from triqdef_jax import checkpoints, loop, models, writer
+from triqdef_jax import checkpoints, loop, models, processes, writer
 from triqdef_jax import config as config_lib
 from triqdef_jax.data.memory import ImageData
 from triqdef_jax.data.splits import Split
@@ -198,15 +197,11 @@ def main(arguments):
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--port", type=int)
     asked = parser.parse_args(arguments)
+    start = processes.Start()
     if asked.port:
-        jax.distributed.initialize(
-            f"localhost:{asked.port}",
-            2,
-            asked.rank,
-            cluster_detection_method="deactivate",
-            heartbeat_timeout_seconds=10,
-        )
-    return train_as_a_script(asked.workdir, asked.event, asked.at)
+        start = processes.Start("on", f"localhost:{asked.port}", 2, asked.rank, heartbeat_timeout_s=10)
+    with processes.started(start):
+        return train_as_a_script(asked.workdir, asked.event, asked.at)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-import signal
 import zlib
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from triqdef_jax import calibration, curriculum, optimizer, selection, sharding
+from triqdef_jax import calibration, curriculum, optimizer, processes, selection, sharding
 from triqdef_jax import config as config_lib
 from triqdef_jax.checkpoints import Checkpointer
 from triqdef_jax.models.multibit import MultiBitNetwork
@@ -152,7 +151,7 @@ def train(run: Run, data, pool: PatchPool | None, *, label: str = "", is_quiet: 
             Progress(
                 run.num_steps, run.config.train.batch_size, start_step=start, is_lead=is_lead and not is_quiet
             ) as progress,
-            _Preemption() as preemption,
+            processes.Preemption() as preemption,
         ):
             trainer = _Trainer(run, data, pool, checkpointer, writer, progress, preemption, label)
             return trainer.fit(state, start, stage_done)
@@ -162,26 +161,11 @@ def _restore_or_init(run, checkpointer):
     """Return (state on the devices of the run, index of the last stage whose bit-widths are calibrated)."""
     everywhere = sharding.replicated(run.mesh)
     if checkpointer.latest_step() is None:
-        return jax.device_put(init_state(run), everywhere), -1
+        return sharding.replicate(init_state(run), run.mesh), -1
     shapes = jax.eval_shape(functools.partial(init_state, run))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
     state, meta = checkpointer.restore(abstract)
     return state, meta["stage"]
-
-
-class _Preemption:
-    """Notices SIGTERM: the loop then saves and leaves."""
-
-    def __enter__(self):
-        self.is_requested = False
-        self._previous = signal.signal(signal.SIGTERM, self._request)
-        return self
-
-    def _request(self, *_):
-        self.is_requested = True
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGTERM, self._previous)
 
 
 class _Trainer:
@@ -191,10 +175,10 @@ class _Trainer:
         self.run, self.data, self.label = run, data, label
         self.checkpointer, self.writer, self.progress, self.preemption = checkpointer, writer, progress, preemption
         self.step_fn = make_step(run.settings, plan=run.plan, mesh=run.mesh)
-        everywhere = sharding.replicated(run.mesh)
-        self.pool = None if pool is None else jax.device_put(Pool(pool.values, pool.masks, pool.size_px), everywhere)
+        place = functools.partial(sharding.replicate, mesh=run.mesh)
+        self.pool = None if pool is None else place(Pool(pool.values, pool.masks, pool.size_px))
         self.judge = selection.make_judge(run.config, run.network, run.mesh, data, self.pool)
-        self.input_key = jax.device_put(stream_key(run.config.seed, "inputs"), everywhere)
+        self.input_key = place(stream_key(run.config.seed, "inputs"))
 
     def fit(self, state, step, stage_done):
         batches = self.data.train_batches(
@@ -218,12 +202,12 @@ class _Trainer:
     def _enter(self, state, stage):
         """Calibrate the bit-widths that join with this stage."""
         config = self.run.config
-        images = unit_range(jnp.asarray(self.data.heldout.images[: config.data.calibration_images]))
+        place = functools.partial(sharding.replicate, mesh=self.run.mesh)
+        images = unit_range(place(self.data.heldout.images[: config.data.calibration_images]))
         weights, stats = calibration.calibrate_new_bits(
             self.run.network, state.weights, state.stats, stage.new_bits, stage.bits, images, affine=config.bact.affine
         )
-        everywhere = sharding.replicated(self.run.mesh)
-        return state._replace(weights=jax.device_put(weights, everywhere), stats=jax.device_put(stats, everywhere))
+        return state._replace(weights=place(weights), stats=place(stats))
 
     def _run_stage(self, state, step, index, batches):
         run, stage, train = self.run, self.run.stages[index], self.run.config.train
@@ -232,7 +216,7 @@ class _Trainer:
             bits: (run.network.slot(bits), run.network.spec(bits, round_bias=run.config.quant.round_bias and is_last))
             for bits in stage.bits
         }
-        window, is_leaving = None, self.preemption.is_requested
+        window, is_leaving = None, self.preemption.is_due()
         while step < stage.stop and not is_leaving:
             bits = active_bits(run, stage, step)
             slots, specs = map(list, zip(*(place[b] for b in bits), strict=True))
@@ -244,7 +228,7 @@ class _Trainer:
                 metrics = spread(metrics, np.array([stage.bits.index(b) for b in bits], np.int32), len(stage.bits))
             window = _start(metrics, step) if window is None else _accumulate(window, metrics, step)
             step += 1
-            is_leaving = self.preemption.is_requested  # asked once per step, so that the step that leaves also saves
+            is_leaving = self.preemption.is_due()  # asked once per step, so that the step that leaves also saves
             is_end = step == stage.stop or is_leaving
             is_saved = step % train.checkpoint_every_steps == 0 and step != stage.stop
             # Not where the run is only interrupted: the best checkpoint must not depend on that.
@@ -294,7 +278,7 @@ def make_inputs(run: Run, pool: Pool | None, key, state, slots, specs, images, l
     if method.init_extra is None:
         return state, method.make_inputs(key, pool, images, labels, logits_fn)
     inputs = method.make_inputs(key, state.extra, images, labels, logits_fn)
-    extra = jax.device_put(inputs.extra, sharding.replicated(run.mesh))
+    extra = sharding.replicate(inputs.extra, run.mesh)
     return state._replace(extra=extra), inputs._replace(extra=())
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from triqdef_jax import files
+from triqdef_jax import files, processes, sharding
 from triqdef_jax.attacks import universal
 from triqdef_jax.attacks.settings import make_settings
 
@@ -91,8 +91,11 @@ def get(request: PoolRequest, root: str | pathlib.Path, build_source: Callable, 
       ValueError: the folder holds a damaged pool, or one that was made to another request.
     """
     folder = pathlib.Path(explicit) if explicit else pathlib.Path(root) / request.folder_name
-    if not explicit and not folder.exists():
-        save(folder, request, *build(request, *build_source()))
+    if not explicit and not processes.as_lead_says(folder.exists()):
+        built = build(request, *build_source())
+        with processes.together():
+            if sharding.is_lead():
+                save(folder, request, *built)
     return load(folder, request)
 
 

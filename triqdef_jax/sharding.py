@@ -1,7 +1,7 @@
 """Where arrays live: one mesh axis, 'data'; batches are split over it by rows, everything else is replicated.
 
-Axes are Auto: the compiler places the collectives, models name no axis. Parameter sharding and the start of
-multi-process runs are left out; the functions below work unchanged once the processes know each other.
+Axes are Auto: the compiler places the collectives, models name no axis. Everything works for one process and for
+several that know each other (`processes`). Parameter sharding is left out.
 """
 
 from typing import Any
@@ -39,6 +39,27 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding that keeps a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Places a whole copy of a tree of arrays on every device of the mesh.
+
+    Every process brings its own copy, all equal, so nothing is sent between them and nothing is compared. Leaves that
+    lie on the whole mesh already are taken as they are.
+    """
+    everywhere = replicated(mesh)
+    if everywhere.is_fully_addressable:
+        return jax.device_put(tree, everywhere)
+    return jax.tree.map(lambda leaf: _replicate_leaf(leaf, everywhere), tree)
+
+
+def _replicate_leaf(leaf: Any, everywhere: NamedSharding) -> jax.Array:
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_replicate_leaf(jax.random.key_data(leaf), everywhere))
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, everywhere)
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, everywhere, lambda index: whole[index])
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

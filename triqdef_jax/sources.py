@@ -4,6 +4,7 @@ A source network is an ordinary training run (32 bits, clean images) in `<shared
 is verified like any other. Source 0 makes the training pool; source 1, of another seed, makes patches that evaluation alone meets.
 """
 
+import contextlib
 import copy
 import dataclasses
 import pathlib
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from triqdef_jax import config as config_lib
-from triqdef_jax import files, loop, patch_pool, runs
+from triqdef_jax import files, loop, patch_pool, processes, runs, sharding, spread
 from triqdef_jax.checkpoints import Checkpointer
 from triqdef_jax.patch_pool import PatchPool, PoolRequest
 from triqdef_jax.train_step import TrainState
@@ -76,8 +77,11 @@ def train_to_end(
       loop.PreemptedError: SIGTERM arrived first; what is trained so far is saved and the same call continues it.
       loop.NonFiniteLossError: its loss is no longer finite.
     """
-    runs.open_workdir(run.workdir, run.config)
-    with files.exclusive(run.workdir / runs.LOCK_FILE, wait=True):
+    with contextlib.ExitStack() as held:
+        with processes.together():
+            if sharding.is_lead():
+                runs.open_workdir(run.workdir, run.config)
+                held.enter_context(files.exclusive(run.workdir / runs.LOCK_FILE, wait=True))
         if start is not None:
             _begin_with(run, *start)
         step = loop.train(_without_best(run), data, pool, label=f"{title}:", is_quiet=is_quiet)
@@ -142,9 +146,10 @@ def eval_pools(config: ConfigDict, data) -> dict[str, PatchPool]:
 def _get(config, wanted, source_index, data):
     def build_source():
         trained = train_source(config, source_index, data)
-        print(f"making {wanted.num_patches} patches of {'/'.join(map(str, wanted.sizes_px))} px", file=sys.stderr)
+        sizes = "/".join(map(str, wanted.sizes_px))
+        processes.say(f"making {wanted.num_patches} patches of {sizes} px", file=sys.stderr)
         images, labels = training_images(data, config.patches.source_images)
-        return trained.logits_fn(trained.network.bits[0]), images, labels
+        return spread.by_rows(trained.logits_fn(trained.network.bits[0])), images, labels
 
     return patch_pool.get(wanted, config.patches.shared_dir, build_source)
 

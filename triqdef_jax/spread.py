@@ -47,7 +47,7 @@ def attack_in_batches(
       The arrays of all images.
     """
     mesh = sharding.data_mesh(num_devices)
-    network = jax.device_put(network, sharding.replicated(mesh))
+    network = sharding.replicate(network, mesh)
     size, parts = even_batch(len(images), batch_size), []
     on_devices = -(-size // mesh.size) * mesh.size
     for start in range(0, len(images), size):
@@ -80,7 +80,7 @@ def by_rows(network: Partial, *, num_devices: int | None = None) -> Partial:
     mesh = sharding.data_mesh(num_devices)
     if mesh.size == 1:
         return network
-    return Partial(_split(network.func, mesh), *jax.device_put(network.args, sharding.replicated(mesh)))
+    return Partial(_split(network.func, mesh), *sharding.replicate(network.args, mesh))
 
 
 @functools.cache

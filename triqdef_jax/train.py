@@ -8,26 +8,33 @@ import contextlib
 import pathlib
 import sys
 
-from triqdef_jax import entry
+from triqdef_jax import entry, processes
 
 
 def main(argv):
     del argv
+    with processes.started(processes.from_flags()), contextlib.ExitStack() as held:
+        run, loaded = _open(held)
+        return _train(run, loaded)
+
+
+def _open(held):
+    """Return (run, data) with the workdir claimed and locked, by the lead process, until `held` closes."""
     from triqdef_jax import config as config_lib
-    from triqdef_jax import data, files, loop, runs
+    from triqdef_jax import data, files, loop, runs, sharding
 
     config = _CONFIG.value
-    with contextlib.ExitStack() as held:
-        with entry.user_errors():
-            config_lib.validate(config)
-            workdir = pathlib.Path(
-                _WORKDIR.value or runs.default_workdir(*entry.config_source(_CONFIG), entry.config_overrides(_CONFIG))
-            )
-            loaded = data.load(config.data)
-            run = loop.make_run(config, workdir, loaded.num_train)
+    with processes.together(), entry.user_errors():
+        config_lib.validate(config)
+        workdir = pathlib.Path(
+            _WORKDIR.value or runs.default_workdir(*entry.config_source(_CONFIG), entry.config_overrides(_CONFIG))
+        )
+        loaded = data.load(config.data)
+        run = loop.make_run(config, workdir, loaded.num_train)
+        if sharding.is_lead():
             runs.open_workdir(workdir, config)
             held.enter_context(files.exclusive(workdir / runs.LOCK_FILE))
-        return _train(run, loaded)
+    return run, loaded
 
 
 def _train(run, loaded):
@@ -45,18 +52,19 @@ def _train(run, loaded):
         print(f"error: {error}", file=sys.stderr)
         return entry.EXIT_FAILED
     except loop.PreemptedError as error:
-        print(error, file=sys.stderr)
+        processes.say(str(error), file=sys.stderr)
         return entry.EXIT_PREEMPTED
     if step < run.num_steps:
-        print(
+        processes.say(
             f"preempted: step {step} of {run.num_steps} is saved in {run.workdir}; the same command continues",
             file=sys.stderr,
         )
         return entry.EXIT_PREEMPTED
-    print(f"finished: {run.num_steps} steps in {run.workdir}")
+    processes.say(f"finished: {run.num_steps} steps in {run.workdir}")
     return 0
 
 
 if __name__ == "__main__":
     _CONFIG, _WORKDIR = entry.define_config_flags(default="configs/digits.py")
+    processes.define_flags()
     entry.run_program(main)

@@ -1,0 +1,196 @@
+"""Processes find one another, compute what one computes, fail together, and leave after the same step."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+from several_processes import ROOT, run_processes
+
+from triqdef_jax import entry, processes
+
+FLOAT64 = {"JAX_ENABLE_X64": "1"}
+
+# Connects, then runs what follows in a `main` that gets its process number and the script's arguments.
+CONNECTED = """
+import json, os, pathlib, signal, sys
+import jax, numpy as np
+from triqdef_jax import entry, processes, sharding
+with processes.started(processes.complete(processes.Start("on", heartbeat_timeout_s=10))):
+    sys.exit(main(jax.process_index(), *sys.argv[1:]))
+"""
+
+TWENTY_STEPS = """
+def main(rank):
+    import train_step_test as t
+    from triqdef_jax import train_step
+    network = t.make_network("float64", (8, 2))
+    settings = t.make_settings(network, "triqdef")
+    with jax.enable_x64(False):
+        arrays = jax.device_get(t.make_arrays(t.make_network("float32", (8, 2))))
+    weights, stats = jax.tree.map(lambda x: np.asarray(x, "float64"), arrays)
+    slots, specs = [network.slot(b) for b in (8, 2)], [t.make_spec(network, b, "float64") for b in (8, 2)]
+    whole = jax.device_get(t.make_inputs(dtype="float64", num=16))
+    own = lambda x: x[rank * len(x) // jax.process_count() : (rank + 1) * len(x) // jax.process_count()]
+    mesh = sharding.data_mesh()
+    batch = sharding.put_batch(jax.tree.map(own, whole), mesh)
+    step = train_step.make_step(settings, plan="fused", mesh=mesh)
+    runs = []
+    for _ in range(2):
+        state = train_step.TrainState(np.int32(0), weights, stats, settings.optimizer.init(weights))
+        state, losses = sharding.replicate(state, mesh), []
+        for _ in range(20):
+            state, metrics = step(state, batch, (8, 2), slots, specs, np.float32(1))
+            losses.append(metrics["loss"])
+        runs.append([float(loss) for loss in losses])
+    print(json.dumps(runs))
+"""
+
+AGREEMENT = """
+def main(rank):
+    try:
+        with processes.together():
+            if rank == 1:
+                raise ValueError("no disk here")
+    except Exception as error:
+        print(type(error).__name__, error)
+    with processes.together():
+        pass
+    assert processes.gathered(rank == 1) == [False, True]
+    assert processes.as_lead_says(rank == 0) and not processes.as_lead_says(rank == 1)
+    processes.say("one line")
+"""
+
+ONE_DIES = """
+def main(rank):
+    if rank == 1:
+        raise RuntimeError("a bug of ours")
+    processes.gathered(True)
+"""
+
+TRAINING = """
+def main(rank, workdir, terminated):
+    import loop_test as t
+    from triqdef_jax import loop, models
+    models.MODELS["tiny"] = t.build_tiny
+    loaded = t.make_data()
+    if rank == int(terminated):
+        loaded = t.InterruptedData(loaded, 9, lambda: t.end(signal.SIGTERM))
+    config = t.make_config(**{"loss.method": "patch_ce", "quant.bits": (32, 4), "bact.starts": (0.25,)})
+    run = loop.make_run(config, pathlib.Path(workdir), loaded.num_train)
+    step = loop.train(run, loaded, t.make_pool(), is_quiet=True)
+    print(json.dumps(step))
+    return 0 if step == run.num_steps else entry.EXIT_PREEMPTED
+"""
+
+
+def test_one_device_eight_devices_and_two_processes_take_the_same_twenty_steps():
+    losses = []
+    for num, num_devices in ((1, 1), (1, 8), (2, 1)):
+        for code, out, err in run_processes(TWENTY_STEPS + CONNECTED, num=num, num_devices=num_devices, **FLOAT64):
+            assert code == 0, err
+            first, again = json.loads(out)
+            assert first == again  # bit for bit
+            losses.append(first)
+    one, *others = losses
+    assert one[-1] < 0.9 * one[0]
+    for other in others:
+        # Sums in another order differ by 1e-16, and 20 steps at momentum 0.9 let that grow (to 2e-12 when measured). In float32 the
+        # penalties' gradients jump where slopes of a map change sign, and one rounding makes another run after about ten steps.
+        np.testing.assert_allclose(other, one, rtol=1e-9)
+
+
+def test_what_fails_in_one_process_fails_in_all():
+    lead, other = run_processes(AGREEMENT + CONNECTED)
+    assert (lead[0], other[0]) == (0, 0), lead[2] + other[2]
+    assert lead[1] == "UserError process 1 failed here; its own message says why\none line\n"
+    assert other[1] == "ValueError no disk here\n"
+
+
+def test_a_process_that_dies_ends_the_others_with_a_line_that_says_so():
+    lead, other = run_processes(ONE_DIES + CONNECTED)
+    assert other[0] == entry.EXIT_FAILED and "RuntimeError: a bug of ours" in other[2]
+    assert lead[0] == -signal.SIGABRT
+    assert "another task died" in lead[2] and "unhealthy (stopped sending heartbeats):\n1\n" in lead[2]
+
+
+def test_sigterm_to_any_process_stops_all_after_the_same_step_and_the_run_goes_on_from_there(tmp_path):
+    cache = {
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    stopped = run_processes(TRAINING + CONNECTED, tmp_path / "run", 1, **cache)
+    assert [code for code, _, _ in stopped] == [entry.EXIT_PREEMPTED] * 2, stopped
+    steps = {int(out) for _, out, _ in stopped}
+    assert len(steps) == 1 and steps <= set(range(9, 32))
+    assert str(*steps) in os.listdir(tmp_path / "run" / "checkpoints")
+    finished = run_processes(TRAINING + CONNECTED, tmp_path / "run", -1, **cache)
+    assert [(code, int(out)) for code, out, _ in finished] == [(0, 32)] * 2, finished
+    lines = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(lines)) == lines and lines[-1] == 32
+
+
+def start(**known):
+    return processes.Start("on", **known)
+
+
+@pytest.mark.parametrize(
+    "known, message",
+    [
+        ({"num_processes": 2}, r"--distributed=on also needs --coordinator_address or \$JAX_COORDINATOR_ADDRESS"),
+        ({"coordinator_address": "host"}, "--coordinator_address must be HOST:PORT, got 'host'"),
+        (
+            {"coordinator_address": "host:1", "num_processes": 2, "process_id": 2},
+            r"--process_id must lie in 0\.\.1, got 2",
+        ),
+        ({"heartbeat_timeout_s": 0}, "--heartbeat_timeout_s must be at least 1 second, got 0"),
+    ],
+)
+def test_what_cannot_start_is_refused_before_jax_is_asked(monkeypatch, known, message):
+    for variable in processes.VARIABLES.values():
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(entry.UserError, match=message):
+        processes.complete(start(**known))
+
+
+def test_the_environment_fills_in_what_flags_leave_open(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
+    monkeypatch.setenv("JAX_PROCESS_ID", "3")
+    assert processes.complete(start(process_id=2)) == start(coordinator_address="host:1", num_processes=4, process_id=2)
+    assert processes.complete(processes.Start()) == processes.Start()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "four")
+    with pytest.raises(entry.UserError, match=r"\$JAX_NUM_PROCESSES must be a whole number, got 'four'"):
+        processes.complete(start())
+
+
+def test_one_process_is_no_cluster(monkeypatch):
+    for variable in processes.VARIABLES.values():
+        monkeypatch.delenv(variable, raising=False)
+    with (
+        pytest.raises(entry.UserError, match="--expect_processes=2, but the number is 1"),
+        processes.started(processes.Start(expect_processes=2)),
+    ):
+        pass
+    with processes.started(processes.Start(expect_processes=1)), processes.together():
+        assert processes.as_lead_says(True) and processes.gathered(False) == [False]
+
+
+def test_one_process_notices_sigterm_by_itself_and_gives_the_handler_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with processes.Preemption() as preemption:
+        assert not preemption.is_due()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.is_due() and preemption.is_due()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_program_refuses_half_an_address_in_one_line():
+    script = "import runpy, sys; sys.argv[0] = 'train'; runpy.run_module('triqdef_jax.train', run_name='__main__')"
+    absent = {"JAX_COORDINATOR_ADDRESS": "", "JAX_NUM_PROCESSES": "", "JAX_PROCESS_ID": ""}
+    arguments = ("--distributed=on", "--num_processes=2", f"--config={ROOT}/configs/digits.py")
+    ((code, _, stderr),) = run_processes(script, *arguments, num=1, **absent)
+    assert code == entry.EXIT_USER_ERROR and stderr.count("\n") == 1
+    assert "also needs --coordinator_address" in stderr

@@ -1,0 +1,54 @@
+"""Start a Python script as several processes that find one another on this machine."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def run_processes(script, *arguments, num=2, num_devices=1, timeout_s=300, **environment):
+    """Run `python -c script *arguments` as `num` processes, with `num_devices` each; returns their (code, stdout, stderr) in order.
+
+    What Gloo, the library of the CPU's collectives, says on stdout is left out.
+    Address, number and id are in the variables that `processes.complete` reads.
+    """
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
+        "JAX_NUM_PROCESSES": str(num),
+        **environment,
+    }
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, *map(str, arguments)],
+            env=environment | {"JAX_PROCESS_ID": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(num)
+    ]
+    try:
+        outputs = [child.communicate(timeout=timeout_s) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    return [
+        (
+            child.returncode,
+            "".join(line for line in out.splitlines(keepends=True) if not line.startswith("[Gloo]")),
+            err,
+        )
+        for child, (out, err) in zip(children, outputs, strict=True)
+    ]
