@@ -29,6 +29,7 @@ LAYERS = (
         "sharding",
         "checkpoints",
         "retention",
+        "orbax_failures",
         "timing",
         "verdicts",
         "writer",

@@ -145,7 +145,13 @@ def fault_test(folder, environment, num_processes, num_kills, seed, expected):
         num_before = min(int(rng.integers(2, MAX_KILLS_PER_RUN + 1)), max(0, num_kills - tally.kills - 1))
         for left in range(num_before, 0, -1):
             _start_and_kill(
-                tally, rng, workdir, environment, num_processes, str(rng.choice(["step", "saves", "saves"])), left
+                tally,
+                rng,
+                workdir,
+                environment,
+                num_processes,
+                str(rng.choice(["step", "saves", "saves", "saves"])),
+                left,
             )
         _start_and_kill(tally, rng, workdir, environment, num_processes, "closed", 0)
         newest, attempt = newest_step(workdir), Attempt(workdir, environment, num_processes)

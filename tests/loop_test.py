@@ -10,6 +10,7 @@ import subprocess
 
 import jax
 import jax.numpy as jnp
+import kill_and_resume
 import numpy as np
 import pytest
 import training_example as example
@@ -27,13 +28,18 @@ def smallest_network():
 
 
 @pytest.fixture(scope="module")
-def train_process(tmp_path_factory):
-    """A function that trains in another process; all of them share what they compile."""
-    environment = example.environment(tmp_path_factory.mktemp("compiled"))
+def processes_environment(tmp_path_factory):
+    """Environment of the processes of this module, which share what they compile."""
+    return example.environment(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def train_process(processes_environment):
+    """A function that trains in another process."""
 
     def run(workdir, event="", at=0):
         arguments = example.command(workdir, f"--event={event}", f"--at={at}")
-        return subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(arguments, env=processes_environment, capture_output=True, text=True, check=False)
 
     return run
 
@@ -60,7 +66,6 @@ def test_a_run_that_is_killed_and_preempted_again_and_again_ends_bit_identical(u
     for event, at, code, steps in (
         ("terminate at step", 7, 42, {8}),  # in the last step of a stage: the next one is entered, then saved
         ("kill while saving stage", 2, -signal.SIGKILL, {15, 16}),  # right after calibration; may be committed or not
-        ("kill after step", 17, -signal.SIGKILL, set(range(15, 32))),
         ("terminate while logging step", 26, 42, {27}),  # noticed in the step after it
         ("", 0, 0, {32}),
     ):
@@ -77,6 +82,16 @@ def test_a_run_that_is_killed_and_preempted_again_and_again_ends_bit_identical(u
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     # The same lines too: none is missing, none is twice, and every mean is over the same steps.
     assert metrics_of(tmp_path) == metrics_of(undisturbed[0])
+
+
+def test_runs_killed_at_random_resume_at_the_newest_whole_step_and_end_bit_identical(
+    undisturbed, processes_environment, tmp_path
+):
+    state, _ = state_of(undisturbed[0])
+    tally = kill_and_resume.fault_test(
+        tmp_path, processes_environment, 1, 3, seed=0, expected=checkpoints.tree_digest(state)
+    )
+    assert tally.is_sound and tally.kills == 3, tally.lines()
 
 
 def test_one_run_compiles_forward_backward_and_penalties_once_for_all_stages(undisturbed):

@@ -13,7 +13,6 @@ import os
 import pathlib
 import signal
 import sys
-import threading
 
 import numpy as np
 
@@ -130,11 +129,6 @@ def end(signal_number):
     os.kill(os.getpid(), signal_number)
 
 
-def kill_soon():
-    """SIGKILL at whatever the process is doing some milliseconds from now: a step, a log line, a checkpoint."""
-    threading.Timer(0.05, end, [signal.SIGKILL]).start()
-
-
 class KilledWhileSaving(ToldCheckpointer):
     """SIGKILL while the checkpoint of the newly calibrated stage `stage` is being written."""
 
@@ -157,7 +151,7 @@ class TerminatedWhileLogging(writer.MetricWriter):
             end(signal.SIGTERM)
 
 
-INTERRUPTS = {"": lambda: None, "terminate at step": lambda: end(signal.SIGTERM), "kill after step": kill_soon}
+INTERRUPTS = {"": lambda: None, "terminate at step": lambda: end(signal.SIGTERM)}
 EVENTS = (*INTERRUPTS, "kill while saving stage", "terminate while logging step")
 
 
