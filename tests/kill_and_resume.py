@@ -4,9 +4,10 @@
     python tests/kill_and_resume.py --kills=20 --processes=2
 
 A run is that of `training_example.py`: 32 steps, a checkpoint every three, at stages and at the end. Kills fall a random time after a random step
-begins, after a random save begins, and, once in every run, after the last save; with two processes one of them is the victim, and the
-other is killed up to 0.3 s later. A kill counts as within a save if it leaves Orbax's temporary directory behind. Every start must resume
-from the newest step whose directory has its final name, and the state at the end must have the SHA-256 of the undisturbed run's.
+begins, after the temporary directory of a random save appears, and, once in every run, after the last save; with two processes one of them is
+the victim, and the other is killed up to 0.3 s later. A kill counts as within a save if Orbax's temporary directory is there when
+the victim is dead. Every start must resume from the newest step whose directory has its final name, and the state at the end must have
+the SHA-256 of the undisturbed run's.
 The seed chooses steps, kinds, victims and delays; what a delay meets depends on the machine. Prints a table; exit code 1 where anything
 failed, or where of 20 or more kills fewer than two in five fell into a save.
 """
@@ -14,6 +15,7 @@ failed, or where of 20 or more kills fewer than two in five fell into a save.
 import argparse
 import collections
 import dataclasses
+import os
 import pathlib
 import subprocess
 import sys
@@ -28,7 +30,7 @@ from several_processes import free_port
 from triqdef_jax import checkpoints, loop
 
 MAX_KILLS_PER_RUN = 4  # before the one after the last save: a run has eleven saves
-DELAY_S = {"step": 0.1, "saves": 0.04, "closed": 0.05}  # longest wait between a line of the victim and its end
+DELAY_S = {"step": 0.1, "saves": 0.02, "closed": 0.05}  # longest wait between its occasion and the kill
 
 
 @dataclasses.dataclass
@@ -96,6 +98,8 @@ class Attempt:
         for reader in readers:
             reader.join()
         codes = [child.wait() for child in self.children]
+        for child in self.children:
+            child.stdout.close()
         said = []
         for log in self.logs:
             log.seek(0)
@@ -120,8 +124,16 @@ def newest_step(workdir):
 
 def _leftovers(workdir):
     """Return name and inode of the directories of unfinished saves."""
-    found = (workdir / loop.CHECKPOINTS).glob("*.orbax-checkpoint-tmp*")
-    return {(path.name, path.stat().st_ino) for path in found}
+    folder = workdir / loop.CHECKPOINTS
+    found = os.scandir(folder) if folder.is_dir() else ()
+    return {(entry.name, entry.inode()) for entry in found if "orbax-checkpoint-tmp" in entry.name}
+
+
+def _await_save(workdir, before):
+    """Return as soon as the directory of an unfinished save appears, or after a second, for it may be gone already."""
+    until = time.monotonic() + 1.0
+    while _leftovers(workdir) <= before and time.monotonic() < until:
+        time.sleep(0.001)
 
 
 def undisturbed_digest(workdir, environment, num_processes):
@@ -170,10 +182,15 @@ def _start_and_kill(tally, rng, workdir, environment, num_processes, kind, num_l
     at = start + int(rng.integers(1, 2 + (example.NUM_STEPS - start) // (num_left + 1)))
     delay_s, survivors_s = rng.uniform(0, DELAY_S[kind]), rng.uniform(0, 0.3)
     attempt = Attempt(workdir, environment, num_processes)
+    is_in_save = False
     is_awaited = lambda line: line.startswith(kind) and (kind == "closed" or int(line.split()[1]) >= at)
     if attempt.read_until(victim, is_awaited):
+        if kind == "saves":
+            _await_save(workdir, left_before)
         time.sleep(delay_s)
         attempt.children[victim].kill()
+        attempt.children[victim].wait()
+        is_in_save = bool(_leftovers(workdir) - left_before)
         if num_processes > 1:
             time.sleep(survivors_s)
     for child in attempt.children:
@@ -184,7 +201,7 @@ def _start_and_kill(tally, rng, workdir, environment, num_processes, kind, num_l
         tally.kills += 1
         tally.by_rank[victim] += 1
         tally.after_last_save += kind == "closed"
-        tally.in_save += bool(_leftovers(workdir) - left_before)
+        tally.in_save += is_in_save
 
 
 def _check_start(tally, newest, attempt, said):
