@@ -91,8 +91,8 @@ def command(workdir, *flags):
     return [sys.executable, __file__, str(workdir), *flags]
 
 
-class ToldData:
-    """Data that print every step whose batch is asked for, and call `interrupt` at step `at`."""
+class InterruptedData:
+    """Data that call `interrupt` when the batch of step `at` is asked for."""
 
     def __init__(self, loaded, at, interrupt):
         self.loaded, self.at, self.interrupt = loaded, at, interrupt
@@ -102,10 +102,20 @@ class ToldData:
 
     def train_batches(self, *, start_step, **settings):
         for step, batch in enumerate(self.loaded.train_batches(start_step=start_step, **settings), start_step):
-            print(f"step {step}", flush=True)
+            self.tell(step)
             if step == self.at:
                 self.interrupt()
             yield batch
+
+    def tell(self, step):
+        """Say which step begins; here nothing."""
+
+
+class ToldData(InterruptedData):
+    """The same, but every step is printed."""
+
+    def tell(self, step):
+        print(f"step {step}", flush=True)
 
 
 class ToldCheckpointer(checkpoints.Checkpointer):
