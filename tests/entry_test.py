@@ -29,6 +29,8 @@ def main(argv):
         raise ValueError("from the depth")
     if MODE.value == "system":
         open("/does/not/exist")
+    if MODE.value == "full disk":
+        open("/dev/full", "wb", buffering=0).write(b"x")
     if MODE.value == "interrupt":
         raise KeyboardInterrupt
     if MODE.value == "exit":
@@ -88,6 +90,7 @@ def program(tmp_path_factory):
         (["config.epochs=1"], ["unexpected argument 'config.epochs=1'"]),
         (["--mode=validation"], ["bits must lie in 2..8"]),
         (["--mode=missing data"], ["no data: run prepare_data"]),
+        (["--mode=full disk"], ["No space left on device; make room or access, then run the same command again"]),
     ],
 )
 def test_a_mistake_of_the_user_is_one_line_and_exit_code_2(program, args, said):

@@ -212,6 +212,7 @@ def options_of(**changes):
         "preset": "pools",
         "extra_bits": [],
         "compare": "",
+        "checkpoint": "last",
         "deployed": False,
         "clean_only": False,
         "defenses": [],
@@ -227,6 +228,7 @@ def options_of(**changes):
         ({"workdirs": ["nowhere"], "extra_bits": ["9"]}, "9"),
         ({"workdirs": ["{run}"], "defenses": ["armour"]}, "defence: expected one of median, "),
         ({"workdirs": ["{run}"], "compare": "nowhere"}, "no run in nowhere"),
+        ({"workdirs": ["{run}"], "checkpoint": "newest"}, "checkpoint must be last, best or a step, got 'newest'"),
         ({"workdirs": ["{run}"], "compare": "{run}", "preset": "curves"}, "--compare needs a preset with attacks"),
         ({"workdirs": ["{run}"], "compare": "{other}"}, "is on digits and "),
     ],
@@ -239,7 +241,7 @@ def test_bad_input_is_refused_before_anything_is_loaded(tmp_path, tiny_run, monk
     options = options_of(**{k: [*map(named, v)] if isinstance(v, list) else named(v) for k, v in changes.items()})
     monkeypatch.setattr(evaluate.flags, "FLAGS", options)
     monkeypatch.setattr(processes, "from_flags", processes.Start)
-    monkeypatch.setattr(runs, "load_trained", lambda workdir: pytest.fail("a run was loaded"))
+    monkeypatch.setattr(runs, "load_trained", lambda *_: pytest.fail("a run was loaded"))
     with pytest.raises(entry.UserError) as error:
         evaluate.main([])
     assert said in str(error.value) and "\n" not in str(error.value)
@@ -275,7 +277,9 @@ def test_a_finished_record_is_read_while_run_code_and_question_are_the_same(
         == record["cells"][0]["success"]["4"]["asr_correct"]["num"]
     )
     np.testing.assert_array_equal(found.outcomes.cells[1].predictions, outcomes.cells[1].predictions)
-    for extra, other in (((3,), options), ((), options_of(preset="quick", deployed=True))):
+    # Not even where another name stands for the same checkpoint: its results have a folder of their own.
+    others = (options_of(preset="quick", deployed=True), options_of(preset="quick", checkpoint="best"))
+    for extra, other in (((3,), options), *(((), other) for other in others)):
         with pytest.raises(pytest.fail.Exception, match="measured again"):
             evaluate._evaluate_run(copied, extra, other)
     (copied / "results" / "quick.json").write_text("{torn")

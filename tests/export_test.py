@@ -16,6 +16,7 @@ from triqdef_jax.shipping import artefacts, card, runtimes, speed, verification
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OPTIONS = {
     "workdir": "",
+    "checkpoint": "last",
     "bits": 4,
     "format": ["onnx", "stablehlo", "npz", "c"],
     "out": "",
@@ -89,6 +90,12 @@ def test_an_export_that_exists_is_not_overwritten(workdir, monkeypatch, tmp_path
     with pytest.raises(entry.UserError, match="is in use; name another --out"):
         start(monkeypatch, workdir=str(workdir), out=str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_another_checkpoint_than_the_last_is_shipped_under_its_step(workdir, monkeypatch, capsys):
+    assert start(monkeypatch, workdir=str(workdir), checkpoint="4", verify=False, format=["npz"]) == 0
+    out = workdir / "export" / "4bit-step4"
+    assert f"written to {out}" in capsys.readouterr().out and "step 4," in (out / "MODEL_CARD.md").read_text()
 
 
 def test_a_runtime_that_differs_fails_the_export_and_leaves_nothing(workdir, monkeypatch, tmp_path, capsys):

@@ -62,7 +62,7 @@ def main(rank):
 
 TRAINING = """
 def main(rank, workdir, terminated):
-    import loop_test as t
+    import training_example as t
     from triqdef_jax import loop, models
     models.MODELS["tiny"] = t.build_tiny
     loaded = t.make_data()

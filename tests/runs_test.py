@@ -79,6 +79,27 @@ def test_a_trained_network_answers_at_trained_and_at_other_bit_widths(tiny_run):
     assert jax.tree.structure(other) == jax.tree.structure(mine)
 
 
+def test_a_checkpoint_is_found_by_name_or_step_and_its_results_lie_apart(tiny_run, tmp_path, tiny_config):
+    workdir, _ = tiny_run
+    assert runs.find_step(workdir, "last") is None and runs.load_trained(workdir).results == "results"
+    best, earlier = runs.load_trained(workdir, "best"), runs.load_trained(workdir, "4")
+    assert (best.step, best.results) == (
+        8,
+        "results/step8",
+    )  # the only one that was judged: 4 is the entry of the last stage
+    assert (earlier.step, earlier.results) == (4, "results/step4")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5 in .*steps there: \[8, 4, 0\]"):
+        runs.load_trained(workdir, "5")
+    for wrong in ("newest", "-1", ""):
+        with pytest.raises(ValueError, match="checkpoint must be last, best or a step, got "):
+            runs.find_step(workdir, wrong)
+    runs.open_workdir(tmp_path / "run", tiny_config())
+    with pytest.raises(
+        FileNotFoundError, match=r"no checkpoint in .* was judged on held-out images.*use last or a step"
+    ):
+        runs.load_trained(tmp_path / "run", "best")
+
+
 def test_a_checkpoint_of_one_process_is_read_by_another(tiny_run):
     script = (
         "import sys, numpy as np; from triqdef_jax import runs; "

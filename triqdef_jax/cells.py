@@ -82,7 +82,7 @@ class Subject(NamedTuple):
 
     @property
     def results(self) -> pathlib.Path:
-        return self.workdir / "results"
+        return self.workdir / self.trained.results
 
     @property
     def identity(self) -> str:

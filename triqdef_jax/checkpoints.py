@@ -6,12 +6,9 @@ A state is any tree of arrays, replicated or addressable by the process; paramet
 """
 
 import contextlib
-import functools
 import logging
 import os
 import pathlib
-import re
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,9 +16,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers
 
-from triqdef_jax import files
+from triqdef_jax import files, orbax_failures, retention
 
 _log = logging.getLogger(__name__)
 
@@ -43,23 +39,26 @@ class Checkpointer:
     the first `save`; reading never changes a directory, except that `restore` sets damaged checkpoints aside.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int = 3):
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 3, keep_best: bool = False):
         """Binds to a directory, which need not exist.
 
         Args:
           directory: where the checkpoints of the run lie.
           keep: how many of the newest are kept.
+          keep_best: whether the one with the highest `retention.SCORE` in its meta is kept as well.
 
         Raises:
           ValueError: ``keep`` is less than one.
         """
         if keep < 1:
             raise ValueError(f"keep must be 1 or more checkpoints; got {keep}")
-        _quiet_orbax()
+        orbax_failures.quiet()
         self._directory = pathlib.Path(directory).absolute()
-        self._keep = keep
+        self._keep, self._keep_best = keep, keep_best
+        self._scores: dict[int, float] = {}  # of the steps on the disk and the one being written
         self._manager: ocp.CheckpointManager | None = None
         self._newest: tuple[int, str] | None = None  # step and digest of what was saved or restored last
+        self._place: tuple[int, int] | None = None  # device and inode of the directory, once it was used
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -95,14 +94,21 @@ class Checkpointer:
                 "or choose another workdir"
             )
         with self._writing():
+            manager = self._open()
+            if self._keep_best and retention.SCORE in meta:
+                self._scores[step] = meta[retention.SCORE]
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record))
-            self._open().save(step, args=args, force=True)
+            manager.save(step, args=args, force=True)
         self._newest = (step, record["digest"])
         return True
 
     def latest_step(self) -> int | None:
         """Returns the newest step that is completely written, content unverified; None where there is none."""
         return max(self._steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """Returns the completely written step of the highest score, content unverified; None where none has one."""
+        return retention.best_of(retention.read_scores(self._directory, self._steps()))
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
         """Returns the newest sound checkpoint in the shapes and places asked for.
@@ -131,7 +137,7 @@ class Checkpointer:
                 damaged.append(self._warn(step, error))
                 continue
             self._set_aside(damaged)
-            self._newest = (step, record["digest"])
+            self._newest, self._place = (step, record["digest"]), _place(self._directory)
             return state, {**record["user"], "step": step}
         if damaged:
             raise self._all_damaged(damaged)
@@ -195,10 +201,12 @@ class Checkpointer:
         """Returns the manager that writes; opening it removes what an interrupted save has left."""
         if self._manager is None:
             self._directory.mkdir(parents=True, exist_ok=True)
+            self._place = _place(self._directory)
+            self._scores = retention.read_scores(self._directory, self._steps()) if self._keep_best else {}
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=checkpoint_managers.LatestN(self._keep),
+                    preservation_policy=retention.NewestAndBest(self._keep, self._scores),
                     cleanup_tmp_directories=True,
                     enable_async_checkpointing=True,
                 ),
@@ -215,14 +223,23 @@ class Checkpointer:
     def _writing(self) -> Iterator[None]:
         """Names a failure to write in one line; the next save then starts from what is on the disk."""
         try:
+            self._check_place()
             yield
+            self._check_place()
         except Exception as error:
+            is_gone = self._place not in (None, _place(self._directory))
+            reason = "the directory has vanished or was replaced" if is_gone else orbax_failures.cause(error)
             self._newest = None
             self._drop_manager()
             raise CheckpointError(
-                f"cannot write checkpoints to {self._directory}: {_cause(error)}; intact steps: "
+                f"cannot write checkpoints to {self._directory}: {reason}; intact steps: "
                 f"{self._steps() or 'none'}; make room or access, then run again"
             ) from error
+
+    def _check_place(self) -> None:
+        """Raises where the directory is not the one used so far: Orbax would go on in a new one, beside a disk that went away."""
+        if self._place not in (None, _place(self._directory)):
+            raise FileNotFoundError(self._directory)
 
     def _read_record(self, step: int) -> dict[str, Any]:
         """Returns the verified meta entry of a step."""
@@ -332,6 +349,15 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
+def _place(directory: pathlib.Path) -> tuple[int, int] | None:
+    """Returns what tells a directory from another one of its name, None where there is none."""
+    try:
+        found = directory.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _read_numpy(path: pathlib.Path) -> Any:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         stored = reader.metadata(path).item_metadata.tree
@@ -348,39 +374,8 @@ def _reading() -> Iterator[None]:
     except Exception as error:  # Orbax and TensorStore raise every kind here, KeyError to JSONDecodeError
         failure = error
     if not np.all(multihost_utils.process_allgather(np.array(failure is None))):
-        raise _DamagedError(_cause(failure) if failure else "another process could not read it") from failure
-
-
-def _cause(error: BaseException) -> str:
-    """Returns the shortest true reason of an error of Orbax or TensorStore on one line."""
-    chain = [error]
-    while chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(chain[-1].__cause__ or chain[-1].__context__)
-    system = next((e for e in chain if isinstance(e, OSError) and e.strerror), None)
-    if system is not None:
-        return f"{system.strerror}: {system.filename}" if system.filename else system.strerror
-    if isinstance(error, _DamagedError):
-        return str(error)
-    text = " ".join(str(error).split())
-    code = re.search(r"os_error_code='(\d+)'", text)  # TensorStore's way to say ENOSPC and the like
-    return os.strerror(int(code[1])) if code else f"{type(error).__name__}: {text[:160]}"
-
-
-@functools.cache
-def _quiet_orbax() -> None:
-    """Keeps Orbax from talking over the one line a failure gets here; everything it reports is raised as well.
-
-    It logs notes on every save and, when one of its tasks fails, drops the others and closes an event loop that
-    TensorStore still calls: a traceback for each remaining array.
-    """
-    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-    logging.getLogger("asyncio").addFilter(lambda record: "OCDBT" not in record.getMessage())
-    previous = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        is_late_call = isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)
-        dropped = getattr(unraisable.object, "cr_code", None)
-        if not (is_late_call or (dropped and "orbax" in dropped.co_filename)):
-            previous(unraisable)
-
-    sys.unraisablehook = hook
+        if isinstance(failure, _DamagedError):
+            raise failure
+        raise _DamagedError(
+            orbax_failures.cause(failure) if failure else "another process could not read it"
+        ) from failure

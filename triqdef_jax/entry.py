@@ -5,6 +5,7 @@ missing file) ends as one line on stderr; what we did wrong keeps its traceback.
 """
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -22,6 +23,10 @@ EXIT_PREEMPTED = 42
 EXIT_INTERRUPTED = 130
 
 _CONFIG_FLAG = "config"
+# What a disk does and no bug of ours: full (also by quota or the largest file allowed), read-only, broken, gone.
+_DISK_ERRORS = {
+    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE")
+}
 
 
 class UserError(ValueError):
@@ -85,8 +90,8 @@ def run_program(main: Callable[[list[str]], int | None], *, positional: bool = F
 
     Exit codes: what main returned (None is 0; 42 means preempted after saving); 2 and one line ``error: ...`` for bad
     flags, a bad config, a `UserError`, or a FileNotFoundError that carries a message of ours (one raised by the
-    operating system counts as a bug unless met inside `user_errors`); 130 after Ctrl-C; 1 and the traceback for
-    anything else. SystemExit passes.
+    operating system counts as a bug unless met inside `user_errors`), or a disk that is full, read-only or broken; 130
+    after Ctrl-C; 1 and the traceback for anything else. SystemExit passes.
 
     Args:
       main: the program; argv[0] is its name, the rest what is not a flag.
@@ -107,10 +112,12 @@ def _run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int |
         return EXIT_INTERRUPTED
     except UserError as error:
         return _tell(_message(error))
-    except FileNotFoundError as error:
-        if error.errno is not None:
-            raise
-        return _tell(_message(error))
+    except OSError as error:
+        if error.errno in _DISK_ERRORS:
+            return _tell(f"{_message(error)}; make room or access, then run the same command again")
+        if isinstance(error, FileNotFoundError) and error.errno is None:
+            return _tell(_message(error))
+        raise
 
 
 def _parse_flags(argv: list[str], positional: bool) -> list[str]:

@@ -4,6 +4,7 @@ Presets: 'pools' (default) meets patches that training never met, made on full-p
 white-box, adaptive and query attacks, controls, untrained and re-quantized bit-widths; 'curves' asks how success grows with size, steps and restarts,
 'sanity' whether every attack beats noise on the widest bit-width.
 `--defenses=median,jedi` puts defences at inference around the widest and the lowest bit-width: rows like jedi:2, attacked through the defence.
+`--checkpoint=best` (on held-out images) or a step measures another checkpoint than the newest; its results lie in `<workdir>/results/step<step>/`.
 Every rate comes with its count and a 95 % interval. The same command continues where it was stopped, cell by cell, and reads a finished record.
 Writes `<workdir>/results/<name>.json` and `<name>_outcomes.npz`; `report.py` turns them into a page.
 """
@@ -73,6 +74,8 @@ def _check_runs(options):
     for name in options.defenses:
         defenses.get(name)
     configs = [runs.read_config(workdir) for workdir in options.workdirs]
+    for workdir in [*options.workdirs, *filter(None, [options.compare])]:
+        runs.find_step(workdir, options.checkpoint)
     if options.compare:
         if options.preset == "curves" or options.clean_only:
             raise ValueError("--compare needs a preset with attacks other than curves: pools, quick, standard or full")
@@ -89,11 +92,11 @@ def _evaluate_run(workdir, extra_bits, options):
     from triqdef_jax import results, runs, sharding
 
     with entry.user_errors():
-        trained = runs.load_trained(workdir)
+        trained = runs.load_trained(workdir, options.checkpoint)
         identity = _identity(trained, extra_bits, options)
         name = "evaluation" if options.preset == "pools" else options.preset
         name = "_".join(["clean" if options.clean_only else name, *["deployed"] * options.deployed])
-        folder = pathlib.Path(workdir) / "results"
+        folder = pathlib.Path(workdir) / trained.results
         finished = _finished(folder / f"{name}.json", identity)
         if processes.as_lead_says(finished is not None):
             processes.say(_text(finished[0], folder / f"{name}.json"))
@@ -373,6 +376,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("workdirs", [], "Directories of trained runs.")
     flags.DEFINE_string("preset", "pools", "How much evidence: pools, smoke, quick, standard, full, sanity, or curves.")
     flags.DEFINE_string("compare", "", "Directory of another run: paired tests of each run of --workdirs against it.")
+    flags.DEFINE_string("checkpoint", "last", "Which checkpoint: last, best (on held-out images), or a step.")
     flags.DEFINE_bool("deployed", False, "Measure the integer forward that ships instead of the fake-quant graph.")
     flags.DEFINE_bool("clean_only", False, "Measure clean accuracy alone, without patches.")
     flags.DEFINE_list("defenses", [], "Defences to measure too: median, gaussian, tv, jedi, diffpure, patchcleanser.")

@@ -2,7 +2,8 @@
 
 Writes integer models into DIR (default `<workdir>/export/<bits>bit`), runs each of them on test images and noise, and compares all with the carrier
 forward, which `evaluate --deployed` measures. One differing row, or an operator that computes in float, fails the export and leaves nothing
-behind. Beside the models: `verification.json` with every figure, and `MODEL_CARD.md`. Exit codes: 0 done, 1 not proven, 2 bad input.
+behind. Beside the models: `verification.json` with every figure, and `MODEL_CARD.md`. `--checkpoint=best` (on held-out images) or a step ships
+another checkpoint than the newest, into `<bits>bit-step<step>`. Exit codes: 0 done, 1 not proven, 2 bad input.
 
     python -m triqdef_jax.export --workdir=runs/digits --bits=2 --format=onnx --packing=int --layout=nchw
 """
@@ -34,12 +35,12 @@ def main(argv):
         raise entry.UserError("--workdir=DIR is needed: the directory of a trained run")
     with entry.user_errors():
         trained = _load(options)
-        named, out = _free_folder(options)
+        named, out = _free_folder(trained, options)
         loaded = data.load(trained.config.data)
         model = targets.integer_model(trained, loaded, options.bits)
         about = describe(trained, model, options)
         content = artefacts.make(model, options.format, about, layout=options.layout, packing=options.packing)
-        record = card.find_record(pathlib.Path(options.workdir) / "results", about)
+        record = card.find_record(pathlib.Path(options.workdir) / trained.results, about)
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
     with temporary as folder:
@@ -71,12 +72,13 @@ def _load(options):
     runs.read_config(options.workdir)
     if _CONFIG.value is not None:
         runs.open_workdir(options.workdir, _CONFIG.value)
-    return runs.load_trained(options.workdir)
+    return runs.load_trained(options.workdir, options.checkpoint)
 
 
-def _free_folder(options):
+def _free_folder(trained, options):
     """Return the path of the folder to make, as it was named and free of links; it may exist if it is empty."""
-    named = pathlib.Path(options.out or pathlib.Path(options.workdir) / "export" / f"{options.bits}bit")
+    own = f"{options.bits}bit{'' if options.checkpoint == 'last' else f'-step{trained.step}'}"
+    named = pathlib.Path(options.out or pathlib.Path(options.workdir) / "export" / own)
     out = named.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{named} is in use; name another --out, or remove it first")
@@ -206,6 +208,7 @@ BIT_FIELDS = {"edge": "edge", "branch": "branch", "stream": "residual"}
 
 if __name__ == "__main__":
     _CONFIG, _ = entry.define_config_flags(default=None)
+    flags.DEFINE_string("checkpoint", "last", "Which checkpoint: last, best (on held-out images), or a step.")
     flags.DEFINE_integer("bits", 4, "Bit-width to ship: 2 to 8.", lower_bound=2, upper_bound=8)
     flags.DEFINE_list("format", ["onnx", "stablehlo", "npz", "c"], "Formats: onnx, stablehlo, npz, c, tflite.")
     flags.DEFINE_string("out", "", "Directory to write, new or empty; by default <workdir>/export/<bits>bit.")

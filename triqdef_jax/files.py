@@ -22,6 +22,9 @@ def atomic_open(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Opens a file for writing bytes that replaces ``path`` when the block ends well, and is dropped when it fails.
 
     Parent directories are made. Readers see the old file or the whole new one, also after a crash.
+
+    Raises:
+      OSError: it cannot be written; `filename` is set, which the operating system leaves out when a disk is full.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,8 +35,10 @@ def atomic_open(path: str | os.PathLike) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        name_file(error, path)
         raise
     _sync_directory(path.parent)
 
@@ -78,6 +83,12 @@ def exclusive(path: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
                 f"another process is at work in {path.parent}; wait for it or name another directory"
             ) from error
         yield
+
+
+def name_file(error: BaseException, path: str | os.PathLike) -> None:
+    """Adds to an error of the operating system the file that it is about, where it does not say: writing to a full disk does not."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(path)
 
 
 def sha256_of_arrays(arrays: Mapping[str, np.ndarray]) -> str:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from triqdef_jax import calibration, curriculum, optimizer, processes, sharding
+from triqdef_jax import calibration, curriculum, optimizer, processes, selection, sharding
 from triqdef_jax import config as config_lib
 from triqdef_jax.checkpoints import Checkpointer
 from triqdef_jax.models.multibit import MultiBitNetwork
@@ -140,7 +140,8 @@ def train(run: Run, data, pool: PatchPool | None, *, label: str = "", is_quiet: 
       NonFiniteLossError: the loss is no longer finite. checkpoints.CheckpointError: no checkpoint of this run can be read.
     """
     is_lead = sharding.is_lead()
-    with Checkpointer(run.workdir / CHECKPOINTS, keep=run.config.train.keep_checkpoints) as checkpointer:
+    kept = dict(keep=run.config.train.keep_checkpoints, keep_best=run.config.train.keep_best)
+    with Checkpointer(run.workdir / CHECKPOINTS, **kept) as checkpointer:
         state, stage_done = _restore_or_init(run, checkpointer)
         start = int(state.step)
         if start >= run.num_steps:
@@ -176,6 +177,7 @@ class _Trainer:
         self.step_fn = make_step(run.settings, plan=run.plan, mesh=run.mesh)
         place = functools.partial(sharding.replicate, mesh=run.mesh)
         self.pool = None if pool is None else place(Pool(pool.values, pool.masks, pool.size_px))
+        self.judge = selection.make_judge(run.config, run.network, run.mesh, data, self.pool)
         self.input_key = place(stream_key(run.config.seed, "inputs"))
 
     def fit(self, state, step, stage_done):
@@ -229,18 +231,21 @@ class _Trainer:
             is_leaving = self.preemption.is_due()  # asked once per step, so that the step that leaves also saves
             is_end = step == stage.stop or is_leaving
             is_saved = step % train.checkpoint_every_steps == 0 and step != stage.stop
+            # Not where the run is only interrupted: the best checkpoint must not depend on that.
+            is_judged = is_last and (is_saved or step == stage.stop)
+            judged = self.judge(state.weights, state.stats) if is_judged else {}
             if is_end or is_saved or step % train.log_every_steps == 0:
-                self._log(window, step, stage)
+                self._log(window, step, stage, judged)
                 window = None
             if is_saved or (is_end and (is_last or step != stage.stop)):
-                self.checkpointer.save(step, state, {"stage": index})
+                self.checkpointer.save(step, state, {"stage": index} | selection.score_entry(judged))
         return state, step
 
     def _ramp(self, step):
         warmup_steps = int(self.run.config.loss.penalty_warmup_frac * self.run.num_steps)
         return np.float32(curriculum.penalty_ramp(step, warmup_steps=warmup_steps))
 
-    def _log(self, window, step, stage):
+    def _log(self, window, step, stage, judged):
         sums, count, first_bad = jax.device_get(window)
         if first_bad != NEVER:
             saved = self.checkpointer.latest_step()
@@ -248,7 +253,7 @@ class _Trainer:
                 f"the loss or its gradient is not finite at step {first_bad}; the last good checkpoint is step {saved} in "
                 f"{self.run.workdir / CHECKPOINTS}; lower optim.lr or the lambdas, or set optim.clip_norm"
             )
-        scalars = name_scalars(means(sums, count), stage.bits)
+        scalars = name_scalars(means(sums, count), stage.bits) | judged
         scalars["learning_rate"] = float(self.run.schedule(step - 1))
         self.writer.write(step, scalars)
         bits = "/".join(map(str, stage.bits))

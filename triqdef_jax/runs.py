@@ -1,6 +1,6 @@
 """Run directories: which config a workdir belongs to, and the trained network that it holds.
 
-<workdir>/config.json  metrics.jsonl  checkpoints/<step>/  results/
+<workdir>/config.json  metrics.jsonl  checkpoints/<step>/  results/[step<step>/]
 """
 
 import json
@@ -16,13 +16,24 @@ from triqdef_jax.checkpoints import Checkpointer
 from triqdef_jax.models.multibit import MultiBitNetwork, Weights
 
 CONFIG_FILE = "config.json"
+LAST, BEST = "last", "best"  # names of checkpoints beside the steps themselves
 LOCK_FILE = ".lock"  # held by the process that trains in the directory
 # Fields that may differ when a run is continued: they say where things lie and how fast, not what is trained.
-FREE_FIELDS = ("data.dir", "data.num_workers", "data.prefetch", "patches.shared_dir", "train.keep_checkpoints")
+FREE_FIELDS = (
+    "data.dir",
+    "data.num_workers",
+    "data.prefetch",
+    "patches.shared_dir",
+    "train.keep_checkpoints",
+    "train.keep_best",
+)
 
 
 class Trained(NamedTuple):
-    """A trained network: config, network, weights and running statistics on the default device, finished steps, round_bias."""
+    """A trained network: config, network, weights and running statistics on the default device, finished steps.
+
+    `calibration_images` are those of bit-widths that were not trained. `results` is the folder, within the workdir, of what is measured on it.
+    """
 
     config: ConfigDict
     network: MultiBitNetwork
@@ -30,6 +41,7 @@ class Trained(NamedTuple):
     stats: dict
     step: int
     calibration_images: jax.Array | None = None
+    results: str = "results"
 
     def logits_fn(self, bits: int):
         """Return images float32 `[B, H, W, 3]` in [0, 1] -> logits of one trained bit-width in evaluation mode."""
@@ -106,18 +118,46 @@ def read_config(workdir: str | pathlib.Path) -> ConfigDict:
     return config
 
 
-def load_trained(workdir: str | pathlib.Path) -> Trained:
-    """Return the network of the newest sound checkpoint of a run.
+def load_trained(workdir: str | pathlib.Path, checkpoint: str = LAST) -> Trained:
+    """Return the network of a checkpoint of a run.
+
+    Args:
+      workdir: of the run. checkpoint: 'last', the newest sound one; 'best', see `selection.py`; or a step. What is measured on one asked for by
+        'best' or step has a folder of its own, `results/step<step>`, so that nothing of several checkpoints mixes.
 
     Raises:
-      FileNotFoundError: no run or no checkpoint there. checkpoints.CheckpointError: no checkpoint can be read.
+      FileNotFoundError: no run or no such checkpoint there. ValueError: `checkpoint` is no name and no step. checkpoints.CheckpointError: it, or
+        for 'last' every one, is damaged.
     """
     config = read_config(workdir)
     network = config_lib.make_network(config)
+    step = find_step(workdir, checkpoint)
     with Checkpointer(pathlib.Path(workdir) / loop.CHECKPOINTS) as checkpointer:
-        raw, meta = checkpointer.restore_raw()
+        raw, meta = checkpointer.restore_raw(step)
     weights, stats = jax.device_put((Weights(**raw["weights"]), raw["stats"]))
-    return Trained(config, network, weights, stats, meta["step"])
+    trained = Trained(config, network, weights, stats, meta["step"])
+    return trained if step is None else trained._replace(results=f"results/step{step}")
+
+
+def find_step(workdir: str | pathlib.Path, checkpoint: str) -> int | None:
+    """Return the step that a checkpoint's name stands for, None for the newest sound one.
+
+    Raises:
+      ValueError: no name and no step. FileNotFoundError: no checkpoint has been judged.
+    """
+    if checkpoint == LAST:
+        return None
+    if checkpoint != BEST:
+        if not checkpoint.isdecimal():
+            raise ValueError(f"checkpoint must be {LAST}, {BEST} or a step, got {checkpoint!r}")
+        return int(checkpoint)
+    step = Checkpointer(pathlib.Path(workdir) / loop.CHECKPOINTS).best_step()
+    if step is None:
+        raise FileNotFoundError(
+            f"no checkpoint in {workdir} was judged on held-out images: the run has not got to its last BACT stage, or train.keep_best was off; "
+            f"use {LAST} or a step"
+        )
+    return step
 
 
 def _tuples(tree):

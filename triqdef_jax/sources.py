@@ -6,6 +6,7 @@ is verified like any other. Source 0 makes the training pool; source 1, of anoth
 
 import contextlib
 import copy
+import dataclasses
 import pathlib
 import sys
 
@@ -83,12 +84,19 @@ def train_to_end(
                 held.enter_context(files.exclusive(run.workdir / runs.LOCK_FILE, wait=True))
         if start is not None:
             _begin_with(run, *start)
-        step = loop.train(run, data, pool, label=f"{title}:", is_quiet=is_quiet)
+        step = loop.train(_without_best(run), data, pool, label=f"{title}:", is_quiet=is_quiet)
     if step < run.num_steps:
         raise loop.PreemptedError(
             f"preempted: step {step} of {run.num_steps} of {title} is saved in {run.workdir}; the same command continues"
         )
     return runs.load_trained(run.workdir)
+
+
+def _without_best(run):
+    """Return a run that measures nothing at its checkpoints: the last one alone is asked for, and its config names folders as it is."""
+    config = copy.deepcopy(run.config)
+    config.train.keep_best = False
+    return dataclasses.replace(run, config=config)
 
 
 def _begin_with(run, weights, stats):

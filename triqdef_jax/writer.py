@@ -4,20 +4,24 @@
 it when tensorboardX is installed. Nothing here touches a device: pass numbers that are already on the host.
 """
 
+import contextlib
+import importlib.util
 import json
 import math
 import os
 import pathlib
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from triqdef_jax import files
 
 METRICS_FILE = "metrics.jsonl"
 
+_BOARD_FLUSH_S = 30.0  # a flush waits for the disk
 _RATE_MEMORY = 0.7  # weight of the past in images/s: a pause for a checkpoint fades within some ten updates
 
 
@@ -34,16 +38,16 @@ class MetricWriter:
           is_lead: False for the processes that must not write: then every method does nothing.
 
         Raises:
-          ValueError: restored_step is negative.
+          ValueError: restored_step is negative. OSError: the files cannot be written.
         """
         if restored_step < 0:
             raise ValueError(f"restored_step must be 0 or more steps; got {restored_step}")
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
         self._board = None
         if is_lead:
             path = pathlib.Path(workdir) / METRICS_FILE
             _keep_until(path, restored_step)
-            self._file = open(path, "a", encoding="utf-8")
+            self._file = open(path, "ab", buffering=0)
             self._board = _open_board(workdir, restored_step)
 
     def __enter__(self) -> "MetricWriter":
@@ -61,17 +65,15 @@ class MetricWriter:
 
         Raises:
           ValueError: a value is not a single number, or is named 'step'.
+          OSError: the line cannot be written; the file ends with the line before, and resuming writes what is missing.
         """
         if self._file is None:
             return
         scalars = {name: _scalar(name, value) for name, value in values.items()}
         line = {"step": int(step)} | {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        _append(self._file, (json.dumps(line, allow_nan=False) + "\n").encode())
         if self._board is not None:
-            for name, value in scalars.items():
-                if math.isfinite(value):
-                    self._board.add_scalar(name, value, global_step=int(step))
+            self._board.write(int(step), {name: value for name, value in scalars.items() if math.isfinite(value)})
 
     def close(self) -> None:
         """Closes the files; a second call does nothing."""
@@ -79,8 +81,8 @@ class MetricWriter:
             self._file.close()
             self._file = None
         if self._board is not None:
-            self._board.close()
-            self._board = None
+            board, self._board = self._board, None
+            board.close()
 
 
 class Progress:
@@ -174,6 +176,19 @@ def _keep_until(path: pathlib.Path, restored_step: int) -> None:
         file.write("".join(kept).encode())
 
 
+def _append(file: BinaryIO, line: bytes) -> None:
+    """Appends a whole line or nothing: a full disk takes the first bytes of what it has no room for."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        while line:
+            line = line[file.write(line) :]
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            file.truncate(end)
+        files.name_file(error, file.name)
+        raise
+
+
 def _step_of(line: str) -> int | None:
     """Returns the step of a metrics line, or None for a torn one."""
     try:
@@ -182,13 +197,48 @@ def _step_of(line: str) -> int | None:
         return None
 
 
-def _open_board(workdir: str | os.PathLike, restored_step: int) -> Any:
+class _Board:
+    """TensorBoard's event file, written by the caller itself.
+
+    The library's usual writer hands events to a thread, which a full disk ends: then its queue of ten fills up and training waits for ever.
+    """
+
+    def __init__(self, workdir, restored_step):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
+
+        self._make_event, self._flushed = Event, time.time()
+        name = f"events.out.tfevents.{int(self._flushed)}.{socket.gethostname()}"
+        self._records = RecordWriter(os.path.join(workdir, name))
+        self._add(0, file_version="brain.Event:2")
+        if restored_step:  # hides what an interrupted run wrote later
+            self._add(restored_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _add(self, step, **what):
+        event = self._make_event(wall_time=time.time(), step=step, **what)
+        self._records.write(event.SerializeToString())
+
+    def write(self, step, scalars):
+        from tensorboardX import summary
+
+        try:
+            for name, value in scalars.items():
+                self._add(step, summary=summary.scalar(name, value))
+            if time.time() - self._flushed > _BOARD_FLUSH_S:
+                self._records.flush()
+                self._flushed = time.time()
+        except OSError as error:
+            files.name_file(error, self._records.path)
+            raise
+
+    def close(self):
+        with contextlib.suppress(OSError):  # metrics.jsonl holds the same figures
+            self._records.close()
+
+
+def _open_board(workdir: str | os.PathLike, restored_step: int) -> _Board | None:
     """Returns a TensorBoard writer, or None where tensorboardX is not installed."""
-    try:
-        import tensorboardX
-    except ImportError:
-        return None
-    return tensorboardX.SummaryWriter(str(workdir), purge_step=restored_step + 1 if restored_step else None)
+    return _Board(workdir, restored_step) if importlib.util.find_spec("tensorboardX") else None
 
 
 def _scalar(name: str, value: Any) -> float:

@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 DATASETS = {"digits": (16, 10), "cifar10": (32, 10), "imagenet": (224, 1000)}  # default image side in pixels, classes
 # Fields younger than the first runs and caches on disk, see `RunConfig`.
 YOUNG_FIELDS = (
+    "train.keep_best",
     "patches.attack_location",
     "patches.attack_stride_px",
     "patches.protected_frac",
@@ -89,6 +90,7 @@ def default() -> RunConfig:
                 "log_every_steps": 20,  # steps per line of metrics.jsonl
                 "checkpoint_every_steps": 200,  # steps between checkpoints; stages and the end save as well
                 "keep_checkpoints": 3,  # newest checkpoints kept
+                "keep_best": True,  # keep the best one on held-out images too (`selection.py`), from the last BACT stage on
             },
             "optim": {
                 "lr": 0.1,  # peak learning rate

@@ -1,0 +1,41 @@
+"""What Orbax and TensorStore say when they fail: the cause on one line, and nothing beside it."""
+
+import functools
+import logging
+import os
+import re
+import sys
+from typing import Any
+
+
+def cause(error: BaseException) -> str:
+    """Returns the shortest true reason of an error of Orbax or TensorStore on one line."""
+    chain = [error]
+    while chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)
+    system = next((e for e in chain if isinstance(e, OSError) and e.strerror), None)
+    if system is not None:
+        return f"{system.strerror}: {system.filename}" if system.filename else system.strerror
+    text = " ".join(str(error).split())
+    code = re.search(r"os_error_code='(\d+)'", text)  # TensorStore's way to say ENOSPC and the like
+    return os.strerror(int(code[1])) if code else f"{type(error).__name__}: {text[:160]}"
+
+
+@functools.cache
+def quiet() -> None:
+    """Keeps Orbax from talking over the one line a failure gets here; everything it reports is raised as well.
+
+    It logs notes on every save and, when one of its tasks fails, drops the others and closes an event loop that
+    TensorStore still calls: a traceback for each remaining array.
+    """
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: "OCDBT" not in record.getMessage())
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        is_late_call = isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)
+        dropped = getattr(unraisable.object, "cr_code", None)
+        if not (is_late_call or (dropped and "orbax" in dropped.co_filename)):
+            previous(unraisable)
+
+    sys.unraisablehook = hook
