@@ -33,6 +33,7 @@ LAYERS = (
     ),
     (
         "calibration",
+        "metric_window",
         "train_step",
         "loop",
         "runs",

@@ -6,7 +6,6 @@ run that is killed resumes bit-identically on the same devices. What a step comp
 
 import dataclasses
 import functools
-import itertools
 import pathlib
 import signal
 import zlib
@@ -17,23 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from triqdef_jax import calibration, curriculum, optimizer, sharding
+from triqdef_jax import calibration, curriculum, metric_window, optimizer, sharding
 from triqdef_jax import config as config_lib
 from triqdef_jax.checkpoints import Checkpointer
 from triqdef_jax.models.multibit import MultiBitNetwork
-from triqdef_jax.objectives.gradients import COSINE
 from triqdef_jax.objectives.methods import Method, Pool
-from triqdef_jax.objectives.penalties import INPUT_GRADIENT
 from triqdef_jax.patch_pool import PatchPool
-from triqdef_jax.train_step import BitReport, CarryingState, StepSettings, TrainState, make_step
+from triqdef_jax.train_step import CarryingState, StepSettings, TrainState, make_step
 from triqdef_jax.writer import MetricWriter, Progress
 
 CHECKPOINTS = "checkpoints"
 FUSED_FROM_STEPS = 5000  # On one CPU the fused plan's longer compilation pays only in longer runs.
-NEVER = np.int32(np.iinfo(np.int32).max)
 NUM_CHANNELS = 3  # of all images
-PER_BIT = BitReport._fields[:-1]  # metrics with one figure per bit-width
-PAIR_NAMES = {INPUT_GRADIENT: ("gpdp", ""), COSINE: (COSINE, "")}  # what is no feature layer
 
 
 class NonFiniteLossError(RuntimeError):
@@ -239,8 +233,10 @@ class _Trainer:
             state, inputs = make_inputs(run, self.pool, key, state, slots, specs, images, labels)
             state, metrics = self.step_fn(state, inputs, bits, slots, specs, self._ramp(step))
             if run.method.active_bits is not None:
-                metrics = spread(metrics, np.array([stage.bits.index(b) for b in bits], np.int32), len(stage.bits))
-            window = _start(metrics, step) if window is None else _accumulate(window, metrics, step)
+                metrics = metric_window.spread(
+                    metrics, np.array([stage.bits.index(b) for b in bits], np.int32), len(stage.bits)
+                )
+            window = metric_window.add(window, metrics, step)
             step += 1
             is_leaving = self.preemption.is_requested  # asked once per step, so that the step that leaves also saves
             is_end = step == stage.stop or is_leaving
@@ -258,13 +254,13 @@ class _Trainer:
 
     def _log(self, window, step, stage):
         sums, count, first_bad = jax.device_get(window)
-        if first_bad != NEVER:
+        if first_bad != metric_window.NEVER:
             saved = self.checkpointer.latest_step()
             raise NonFiniteLossError(
                 f"the loss or its gradient is not finite at step {first_bad}; the last good checkpoint is step {saved} in "
                 f"{self.run.workdir / CHECKPOINTS}; lower optim.lr or the lambdas, or set optim.clip_norm"
             )
-        scalars = name_scalars(means(sums, count), stage.bits)
+        scalars = metric_window.name_scalars(metric_window.means(sums, count), stage.bits)
         scalars["learning_rate"] = float(self.run.schedule(step - 1))
         self.writer.write(step, scalars)
         bits = "/".join(map(str, stage.bits))
@@ -323,57 +319,3 @@ def _eval_logits(network):
 def unit_range(images: jax.Array) -> jax.Array:
     """Return uint8 images as float32 in [0, 1]."""
     return images.astype(jnp.float32) / 255.0
-
-
-def _start(metrics, step):
-    zero = jax.tree.map(jnp.zeros_like, metrics)
-    return _accumulate((zero, jnp.int32(0), jnp.int32(NEVER)), metrics, step)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _accumulate(window, metrics, step):
-    sums, count, first_bad = window
-    # The gradient counts too: it makes the next step's weights, which may be saved before their loss is known.
-    bad = jnp.where(jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"]), NEVER, step)
-    return jax.tree.map(jnp.add, sums, metrics), count + 1, jnp.minimum(first_bad, bad)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def spread(metrics: dict, places: jax.Array, num_bits: int) -> dict:
-    """Return a step's metrics with the figures `[k]` of the bit-widths that ran at their places among all `[num_bits]`, 0 elsewhere.
-
-    `drawn` is added: 1 for those that ran.
-    """
-    put = lambda values: jnp.zeros(num_bits).at[places].set(values)
-    placed = {name: put(metrics[name]) if name in PER_BIT else value for name, value in metrics.items()}
-    return placed | {"drawn": put(jnp.ones(len(places)))}
-
-
-def means(sums: dict, count: int) -> dict:
-    """Return the means over steps of summed metrics; of `spread` ones over the steps at which the bit-width ran, nan where there was none."""
-    averages = jax.tree.map(lambda x: x / count, sums)
-    if "drawn" not in averages:
-        return averages
-    drawn = averages["drawn"]
-    over_own = lambda x: np.divide(x, drawn, out=np.full_like(x, np.nan), where=drawn > 0)
-    return averages | {name: over_own(averages[name]) for name in PER_BIT}
-
-
-def name_scalars(metrics: dict, bits: tuple[int, ...]) -> dict[str, float]:
-    """Flatten a step's metrics to names such as 'ce_clean/8', 'fdp/stage1/8-5' and 'gpdp_chance/8-5'; a bit-width that never ran has none."""
-    scalars = {}
-    for name, value in metrics.items():
-        if name == "similarity":
-            continue
-        if np.ndim(value) == 0:
-            scalars[name] = float(value)
-        else:
-            ran = metrics.get("drawn", np.ones(len(bits)))
-            scalars |= {f"{name}/{b}": float(v) for b, v, has_run in zip(bits, value, ran, strict=True) if has_run}
-    for layer, similarity in metrics["similarity"].items():
-        kind, place = PAIR_NAMES.get(layer, ("fdp", f"/{layer}"))
-        for i, j in itertools.combinations(range(len(bits)), 2):
-            pair = f"{bits[i]}-{bits[j]}"
-            scalars[f"{kind}{place}/{pair}"] = float(similarity.value[i, j])
-            scalars[f"{kind}_chance{place}/{pair}"] = float(similarity.chance[i, j])
-    return scalars
