@@ -22,7 +22,10 @@ FREE_FIELDS = ("data.dir", "data.num_workers", "data.prefetch", "patches.shared_
 
 
 class Trained(NamedTuple):
-    """A trained network: config, network, weights and running statistics on the default device, finished steps, round_bias."""
+    """A trained network: config, network, weights and running statistics on the default device, finished steps, round_bias.
+
+    The network is float32, in whatever type it was trained: it is what is measured and shipped.
+    """
 
     config: ConfigDict
     network: MultiBitNetwork
@@ -113,7 +116,7 @@ def load_trained(workdir: str | pathlib.Path) -> Trained:
       FileNotFoundError: no run or no checkpoint there. checkpoints.CheckpointError: no checkpoint can be read.
     """
     config = read_config(workdir)
-    network = config_lib.make_network(config)
+    network = config_lib.make_network(config, dtype="float32")
     with Checkpointer(pathlib.Path(workdir) / loop.CHECKPOINTS) as checkpointer:
         raw, meta = checkpointer.restore_raw()
     weights, stats = jax.device_put((Weights(**raw["weights"]), raw["stats"]))
