@@ -124,6 +124,14 @@ REFUSED = [
     ),
     ("train__batch_size", 33, "train.batch_size must be divisible by 2, because loss.patched_frac = 1/2"),
     *[
+        (
+            "train__accumulate_steps",
+            value,
+            "must divide train.batch_size = 64 and the 32 patched images among them, got",
+        )
+        for value in (0, 3, 64)
+    ],
+    *[
         (f"train__{name}", 0, f"train.{name} must be at least 1, got 0")
         for name in ("batch_size", "epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints")
     ],

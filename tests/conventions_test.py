@@ -34,6 +34,7 @@ LAYERS = (
     (
         "calibration",
         "metric_window",
+        "micro_batches",
         "train_step",
         "loop",
         "runs",

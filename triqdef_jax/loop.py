@@ -56,10 +56,10 @@ class Run:
     def plan(self) -> str:
         if self.config.train.plan != "auto":
             return self.config.train.plan
-        is_short_on_one_cpu = (
-            jax.default_backend() == "cpu" and self.mesh.size == 1 and self.num_steps < FUSED_FROM_STEPS
-        )
-        return "per_bit" if is_short_on_one_cpu else "fused"
+        if jax.default_backend() != "cpu" or self.mesh.size > 1:
+            return "fused"
+        # On CPU one program runs its bit-widths side by side: remat saves memory only between programs.
+        return "per_bit" if self.num_steps < FUSED_FROM_STEPS or self.config.train.remat else "fused"
 
     @property
     def forward_equivalents(self) -> float:
@@ -78,10 +78,11 @@ def make_run(config: ConfigDict, workdir, num_train: int, *, num_devices: int | 
     batch_size = config.train.batch_size
     if batch_size > num_train:
         raise ValueError(f"train.batch_size must be at most the {num_train} training images, got {batch_size}")
-    sharding.check_batch(batch_size, mesh)
+    num_parts = config.train.accumulate_steps
+    sharding.check_batch(batch_size // num_parts, mesh)
     network, method = config_lib.make_network(config), config_lib.make_training_method(config)
     if method.patched_frac:
-        sharding.check_batch(round(batch_size * method.patched_frac), mesh)
+        sharding.check_batch(round(batch_size * method.patched_frac) // num_parts, mesh)
     if config.train.plan == "per_bit" and mesh.size > 1:
         raise ValueError(f"train.plan=per_bit runs on one device, {mesh.size} are in use; use fused or auto")
     steps_per_epoch = num_train // batch_size
@@ -93,6 +94,8 @@ def make_run(config: ConfigDict, workdir, num_train: int, *, num_devices: int | 
         optimizer=optimizer.make_optimizer(config.optim, schedule),
         map_reduction=config.loss.map_reduction,
         pooled_stats=config.quant.norm_stats == "pooled",
+        accumulate_steps=num_parts,
+        remat=config.train.remat,
     )
     stages = curriculum.make_stages(network.bits, num_steps, tuple(config.bact.starts), enabled=config.bact.enabled)
     return Run(config, pathlib.Path(workdir), network, method, stages, num_steps, settings, schedule, mesh)

@@ -18,7 +18,14 @@ from triqdef_jax.models.multibit import MultiBitNetwork, Weights
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"  # held by the process that trains in the directory
 # Fields that may differ when a run is continued: they say where things lie and how fast, not what is trained.
-FREE_FIELDS = ("data.dir", "data.num_workers", "data.prefetch", "patches.shared_dir", "train.keep_checkpoints")
+FREE_FIELDS = (
+    "data.dir",
+    "data.num_workers",
+    "data.prefetch",
+    "patches.shared_dir",
+    "train.keep_checkpoints",
+    "train.remat",
+)
 
 
 class Trained(NamedTuple):

@@ -4,7 +4,14 @@ from ml_collections import ConfigDict
 
 DATASETS = {"digits": (16, 10), "cifar10": (32, 10), "imagenet": (224, 1000)}  # default image side in pixels, classes
 # Fields younger than the first runs and caches on disk, see `RunConfig`.
-YOUNG_FIELDS = ("patches.attack_location", "patches.attack_stride_px", "patches.protected_frac", "baselines")
+YOUNG_FIELDS = (
+    "patches.attack_location",
+    "patches.attack_stride_px",
+    "patches.protected_frac",
+    "baselines",
+    "train.accumulate_steps",
+    "train.remat",
+)
 
 
 class RunConfig(ConfigDict):
@@ -79,6 +86,8 @@ def default() -> RunConfig:
                 "batch_size": 64,  # clean images per step, over all devices
                 "epochs": 30,  # passes over the training images
                 "plan": "auto",  # per_bit (compile once, one device) | fused (compile per stage) | auto
+                "accumulate_steps": 1,  # micro-batches per step, for memory; norms see one of them at a time
+                "remat": False,  # compute activations again for the gradient instead of keeping them, for memory
                 "log_every_steps": 20,  # steps per line of metrics.jsonl
                 "checkpoint_every_steps": 200,  # steps between checkpoints; stages and the end save as well
                 "keep_checkpoints": 3,  # newest checkpoints kept
