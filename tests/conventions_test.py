@@ -32,6 +32,7 @@ LAYERS = (
         "writer",
     ),
     (
+        "ahead",
         "calibration",
         "metric_window",
         "micro_batches",

@@ -36,7 +36,8 @@ def stem_network():
     build = lambda name, *, num_classes, width, options: ResNet(ResNetPlan((), width), num_classes, options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "stem", build)
-        patch.setattr(loop, "make_step", functools.cache(loop.make_step))
+        shared = functools.cache(loop.make_step)
+        patch.setattr(loop, "make_step", lambda settings, *, compile_piece=None, **place: shared(settings, **place))
         yield
 
 

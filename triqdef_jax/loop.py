@@ -4,6 +4,7 @@ The host only dispatches: it waits for the device to log, to save and at stage e
 run that is killed resumes bit-identically on the same devices. What a step computes is in `train_step.py`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from triqdef_jax import calibration, curriculum, metric_window, optimizer, sharding
+from triqdef_jax import ahead, calibration, curriculum, metric_window, optimizer, sharding
 from triqdef_jax import config as config_lib
 from triqdef_jax.checkpoints import Checkpointer
 from triqdef_jax.models.multibit import MultiBitNetwork
@@ -127,7 +128,14 @@ def active_bits(run: Run, stage: curriculum.Stage, step: int) -> tuple[int, ...]
     return run.method.active_bits((run.config.seed, _stream("bits"), step), stage.bits)
 
 
-def train(run: Run, data, pool: PatchPool | None, *, label: str = "", is_quiet: bool = False) -> int:
+def train(
+    run: Run,
+    data,
+    pool: PatchPool | None,
+    *,
+    label: str = "",
+    is_quiet: bool = False,
+) -> int:
     """Train to the end, or to the step at which SIGTERM arrives; returns the number of finished steps.
 
     Args:
@@ -186,7 +194,8 @@ class _Trainer:
     def __init__(self, run, data, pool, checkpointer, writer, progress, preemption, label):
         self.run, self.data, self.label = run, data, label
         self.checkpointer, self.writer, self.progress, self.preemption = checkpointer, writer, progress, preemption
-        self.step_fn = make_step(run.settings, plan=run.plan, mesh=run.mesh)
+        self.compiler = ahead.Compiler()
+        self.step_fn = make_step(run.settings, plan=run.plan, mesh=run.mesh, compile_piece=self.compiler.jit)
         everywhere = sharding.replicated(run.mesh)
         self.pool = None if pool is None else jax.device_put(Pool(pool.values, pool.masks, pool.size_px), everywhere)
         self.input_key = jax.device_put(stream_key(run.config.seed, "inputs"), everywhere)
@@ -198,16 +207,17 @@ class _Trainer:
             start_step=step,
             sharding=sharding.batch_sharding(self.run.mesh),
         )
-        for index, stage in enumerate(self.run.stages):
-            if step >= stage.stop:
-                continue
-            if stage_done < index:
-                state = self._enter(state, stage)
-                self.checkpointer.save(step, state, {"stage": index})
-            state, step = self._run_stage(state, step, index, batches)
-            if step < stage.stop:  # preempted; where that is at a stage's end, entering the next one saves
-                break
-        self.checkpointer.wait()
+        with contextlib.closing(self.compiler):
+            for index, stage in enumerate(self.run.stages):
+                if step >= stage.stop:
+                    continue
+                if stage_done < index:
+                    state = self._enter(state, stage)
+                    self.checkpointer.save(step, state, {"stage": index})
+                state, step = self._run_stage(state, step, index, batches)
+                if step < stage.stop:  # preempted; where that is at a stage's end, entering the next one saves
+                    break
+            self.checkpointer.wait()  # before the compiler's thread, which may take a minute to end
         return step
 
     def _enter(self, state, stage):
@@ -223,22 +233,12 @@ class _Trainer:
     def _run_stage(self, state, step, index, batches):
         run, stage, train = self.run, self.run.stages[index], self.run.config.train
         is_last = index == len(run.stages) - 1
-        place = {
-            bits: (run.network.slot(bits), run.network.spec(bits, round_bias=run.config.quant.round_bias and is_last))
-            for bits in stage.bits
-        }
+        place, first = self._place(index), step
         window, is_leaving = None, self.preemption.is_requested
         while step < stage.stop and not is_leaving:
-            bits = active_bits(run, stage, step)
-            slots, specs = map(list, zip(*(place[b] for b in bits), strict=True))
-            key, batch = jax.random.fold_in(self.input_key, step), next(batches)
-            images, labels = unit_range(batch["images"]), batch["labels"]
-            state, inputs = make_inputs(run, self.pool, key, state, slots, specs, images, labels)
-            state, metrics = self.step_fn(state, inputs, bits, slots, specs, self._ramp(step))
-            if run.method.active_bits is not None:
-                metrics = metric_window.spread(
-                    metrics, np.array([stage.bits.index(b) for b in bits], np.int32), len(stage.bits)
-                )
+            state, metrics = self._step(state, step, stage, place, next(batches))
+            if step == first:
+                self._prepare(index + 1)
             window = metric_window.add(window, metrics, step)
             step += 1
             is_leaving = self.preemption.is_requested  # asked once per step, so that the step that leaves also saves
@@ -250,6 +250,33 @@ class _Trainer:
             if is_saved or (is_end and (is_last or step != stage.stop)):
                 self.checkpointer.save(step, state, {"stage": index})
         return state, step
+
+    def _place(self, index):
+        """Return (slot, spec) of a stage's bit-widths, on the devices once: 130 scalars from the host cost each step 4 ms with 8 devices."""
+        network, stages = self.run.network, self.run.stages
+        round_bias = self.run.config.quant.round_bias and index == len(stages) - 1
+        place = {bits: (network.slot(bits), network.spec(bits, round_bias=round_bias)) for bits in stages[index].bits}
+        return jax.device_put(place, sharding.replicated(self.run.mesh))
+
+    def _step(self, state, step, stage, place, batch):
+        """Dispatch one step; returns (state, metrics)."""
+        run, bits = self.run, active_bits(self.run, stage, step)
+        slots, specs = map(list, zip(*(place[b] for b in bits), strict=True))
+        key, images = jax.random.fold_in(self.input_key, step), unit_range(batch["images"])
+        state, inputs = make_inputs(run, self.pool, key, state, slots, specs, images, batch["labels"])
+        state, metrics = self.step_fn(state, inputs, bits, slots, specs, self._ramp(step))
+        if run.method.active_bits is not None:
+            metrics = metric_window.spread(
+                metrics, np.array([stage.bits.index(b) for b in bits], np.int32), len(stage.bits)
+            )
+        return state, metrics
+
+    def _prepare(self, index):
+        """Have the program of a later stage compiled; where bit-widths are drawn, the next set is not known."""
+        run = self.run
+        if run.config.train.compile_ahead and index < len(run.stages) and run.method.active_bits is None:
+            slots, specs = map(list, zip(*self._place(index).values(), strict=True))
+            self.compiler.prepare(run.stages[index].bits, slots, specs)
 
     def _ramp(self, step):
         warmup_steps = int(self.run.config.loss.penalty_warmup_frac * self.run.num_steps)
@@ -299,15 +326,14 @@ def bit_logits(network, weights, stats, bits, spec):
 
 def drawn_bit_logits(network, weights, stats, slots, specs):
     """Return (key, images) -> logits in evaluation mode of one of the given bit-widths, drawn uniformly by the key."""
-    stack = lambda items: jax.tree.map(lambda *x: np.stack(x), *items)
-    return jax.tree_util.Partial(_drawn_logits(network), weights, stats, stack(slots), stack(specs))
+    return jax.tree_util.Partial(_drawn_logits(network), weights, stats, slots, specs)
 
 
 @functools.cache
 def _drawn_logits(network):
     def logits(weights, stats, slots, specs, key, images):
-        drawn = jax.random.randint(key, (), 0, slots.stats.shape[0])
-        slot, spec = jax.tree.map(lambda x: jnp.asarray(x)[drawn], (slots, specs))
+        drawn = jax.random.randint(key, (), 0, len(slots))
+        slot, spec = (jax.tree.map(lambda *x: jnp.stack(x)[drawn], *items) for items in (slots, specs))
         return network.eval_forward(weights, stats, slot, spec, images)[0]
 
     return logits

@@ -25,6 +25,7 @@ FREE_FIELDS = (
     "patches.shared_dir",
     "train.keep_checkpoints",
     "train.remat",
+    "train.compile_ahead",
 )
 
 
