@@ -87,7 +87,8 @@ def test_a_run_compiles_its_later_stages_in_the_thread_and_ends_as_without_it(
             return run_step(settings, pieces, state, inputs, bits, *rest)
 
         monkeypatch.setattr(train_step, "run_step", traced)
-        assert loop.train(run, loaded, None, is_quiet=True) == 8
+        assert loop.train(run, loaded, None, is_quiet=True, profile_steps=range(4, 6)) == 8
+        assert len(list((run.workdir / loop.PROFILE).rglob("*.xplane.pb"))) == 1  # over the end of the stage
         with loop.Checkpointer(run.workdir / loop.CHECKPOINTS) as checkpointer:
             states.append(checkpointer.restore_raw()[0])
     here = threading.current_thread().name

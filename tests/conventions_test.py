@@ -36,6 +36,7 @@ LAYERS = (
         "calibration",
         "metric_window",
         "micro_batches",
+        "profiling",
         "train_step",
         "loop",
         "runs",

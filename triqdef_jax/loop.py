@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from triqdef_jax import ahead, calibration, curriculum, metric_window, optimizer, sharding
+from triqdef_jax import ahead, calibration, curriculum, metric_window, optimizer, profiling, sharding
 from triqdef_jax import config as config_lib
 from triqdef_jax.checkpoints import Checkpointer
 from triqdef_jax.models.multibit import MultiBitNetwork
@@ -26,7 +26,7 @@ from triqdef_jax.patch_pool import PatchPool
 from triqdef_jax.train_step import CarryingState, StepSettings, TrainState, make_step
 from triqdef_jax.writer import MetricWriter, Progress
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, PROFILE = "checkpoints", "profile"
 FUSED_FROM_STEPS = 5000  # On one CPU the fused plan's longer compilation pays only in longer runs.
 NUM_CHANNELS = 3  # of all images
 
@@ -135,12 +135,13 @@ def train(
     *,
     label: str = "",
     is_quiet: bool = False,
+    profile_steps: range = range(0),
 ) -> int:
     """Train to the end, or to the step at which SIGTERM arrives; returns the number of finished steps.
 
     Args:
       run: from `make_run`. data: `data.ImageData` or `data.StreamData`. pool: training patches, or None where the method takes none.
-      label: what to call the run in the progress line. is_quiet: no progress at all.
+      label: what to call the run in the progress line. is_quiet: no progress at all. profile_steps: steps, counted from 1, to trace.
 
     Raises:
       NonFiniteLossError: the loss is no longer finite. checkpoints.CheckpointError: no checkpoint of this run can be read.
@@ -158,7 +159,7 @@ def train(
             ) as progress,
             _Preemption() as preemption,
         ):
-            trainer = _Trainer(run, data, pool, checkpointer, writer, progress, preemption, label)
+            trainer = _Trainer(run, data, pool, checkpointer, writer, progress, preemption, label, profile_steps)
             return trainer.fit(state, start, stage_done)
 
 
@@ -191,10 +192,10 @@ class _Preemption:
 class _Trainer:
     """Runs the stages of one run; holds what the steps have in common."""
 
-    def __init__(self, run, data, pool, checkpointer, writer, progress, preemption, label):
+    def __init__(self, run, data, pool, checkpointer, writer, progress, preemption, label, profile_steps):
         self.run, self.data, self.label = run, data, label
         self.checkpointer, self.writer, self.progress, self.preemption = checkpointer, writer, progress, preemption
-        self.compiler = ahead.Compiler()
+        self.compiler, self.trace = ahead.Compiler(), profiling.StepTrace(run.workdir / PROFILE, profile_steps)
         self.step_fn = make_step(run.settings, plan=run.plan, mesh=run.mesh, compile_piece=self.compiler.jit)
         everywhere = sharding.replicated(run.mesh)
         self.pool = None if pool is None else jax.device_put(Pool(pool.values, pool.masks, pool.size_px), everywhere)
@@ -207,7 +208,7 @@ class _Trainer:
             start_step=step,
             sharding=sharding.batch_sharding(self.run.mesh),
         )
-        with contextlib.closing(self.compiler):
+        with contextlib.closing(self.compiler), contextlib.closing(self.trace):
             for index, stage in enumerate(self.run.stages):
                 if step >= stage.stop:
                     continue
@@ -236,7 +237,7 @@ class _Trainer:
         place, first = self._place(index), step
         window, is_leaving = None, self.preemption.is_requested
         while step < stage.stop and not is_leaving:
-            state, metrics = self._step(state, step, stage, place, next(batches))
+            state, metrics = self.trace.step(step + 1, self._step, state, step, stage, place, next(batches))
             if step == first:
                 self._prepare(index + 1)
             window = metric_window.add(window, metrics, step)
