@@ -18,6 +18,7 @@ LAYERS = (
     ("models",),
     ("objectives", "attacks", "defenses", "deploy", "metrics", "similarity", "drawing"),
     (
+        "compile_cache",
         "config",
         "data",
         "entry",

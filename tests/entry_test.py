@@ -63,7 +63,7 @@ def program(tmp_path_factory):
         return subprocess.run(
             [sys.executable, "prog.py", *args],
             cwd=folder,
-            env={"PYTHONPATH": str(ROOT)},
+            env={"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "false"},
             capture_output=True,
             text=True,
             timeout=60,

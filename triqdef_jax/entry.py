@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from triqdef_jax import compile_cache
+
 flags.disclaim_key_flags()  # so that --help lists the flags under the program that asked for them
 
 EXIT_FAILED = 1
@@ -100,6 +102,7 @@ def _run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int |
     """Runs main; returns its exit code, or the one that stands for what it raised."""
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # app.run chose INFO, at which our libraries talk at every checkpoint
+    compile_cache.turn_on()
     try:
         return main(argv)
     except KeyboardInterrupt:
