@@ -1,7 +1,8 @@
 """Compilation ahead of time: while one stage trains, a thread compiles the program of the next, from the shapes that the present one was called with.
 
 Results are those of compiling in place, bit for bit: it is the same program. Tracing shares the interpreter with the loop, XLA itself gives it
-free. A thread inside XLA cannot be stopped and crashes an interpreter that ends without it, so whoever prepares must `close`.
+free. A thread inside XLA cannot be stopped, and an interpreter that ends without it crashes: Python waits for it, and who cannot wait (a
+preempted program) leaves by `os._exit`, see `entry`.
 """
 
 import logging
@@ -43,9 +44,9 @@ class Compiler:
             program.prepare(self._thread.submit, static, following)
 
     def close(self) -> None:
-        """Wait for the thread to end what it compiles; programs stay usable."""
+        """Begin nothing more; the thread ends with what it compiles, and programs stay usable."""
         if self._thread:
-            self._thread.shutdown(wait=True, cancel_futures=True)
+            self._thread.shutdown(wait=False, cancel_futures=True)
             self._thread = None
 
 

@@ -218,7 +218,7 @@ class _Trainer:
                 state, step = self._run_stage(state, step, index, batches)
                 if step < stage.stop:  # preempted; where that is at a stage's end, entering the next one saves
                     break
-            self.checkpointer.wait()  # before the compiler's thread, which may take a minute to end
+            self.checkpointer.wait()
         return step
 
     def _enter(self, state, stage):
