@@ -126,6 +126,14 @@ REFUSED = [
     ("model__norm_group", 64, "model.norm_group must divide train.batch_size and its patched part, 32 images; got 64"),
     ("train__batch_size", 33, "train.batch_size must be divisible by 2, because loss.patched_frac = 1/2"),
     *[
+        (
+            "train__accumulate_steps",
+            value,
+            "must divide train.batch_size = 64 and the 32 patched images among them, got",
+        )
+        for value in (0, 3, 64)
+    ],
+    *[
         (f"train__{name}", 0, f"train.{name} must be at least 1, got 0")
         for name in ("batch_size", "epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints")
     ],

@@ -19,6 +19,7 @@ LAYERS = (
     ("objectives", "attacks", "defenses", "deploy", "metrics", "similarity", "drawing"),
     (
         "across_runs",
+        "compile_cache",
         "config",
         "data",
         "entry",
@@ -39,8 +40,12 @@ LAYERS = (
         "writer",
     ),
     (
+        "ahead",
         "calibration",
         "selection",
+        "metric_window",
+        "micro_batches",
+        "profiling",
         "train_step",
         "loop",
         "runs",

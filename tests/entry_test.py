@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAM = '''
 """A program."""
 import sys
+import threading
 from absl import flags
 from triqdef_jax import entry
 
@@ -36,6 +37,7 @@ def main(argv):
     if MODE.value == "exit":
         sys.exit(7)
     if MODE.value == "preempted":
+        threading.Thread(target=threading.Event().wait).start()  # which never ends
         return 42
     print(CONFIG.value.optim.lr, entry.config_overrides(CONFIG), entry.config_source(CONFIG), "jax" in sys.modules)
 
@@ -65,7 +67,7 @@ def program(tmp_path_factory):
         return subprocess.run(
             [sys.executable, "prog.py", *args],
             cwd=folder,
-            env={"PYTHONPATH": str(ROOT)},
+            env={"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "false"},
             capture_output=True,
             text=True,
             timeout=60,

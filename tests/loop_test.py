@@ -9,7 +9,6 @@ import signal
 import subprocess
 
 import jax
-import jax.numpy as jnp
 import kill_and_resume
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ import training_example as example
 from training_example import STAGES, make_config, make_data, make_pool
 
 from triqdef_jax import checkpoints, loop, models
-from triqdef_jax.objectives.penalties import INPUT_GRADIENT, Similarity
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -139,16 +137,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(t
     assert not metrics_of(tmp_path)
 
 
-@pytest.mark.parametrize("loss, gradient_norm, is_bad", [(1.0, 1.0, False), (np.nan, 1.0, True), (1.0, np.inf, True)])
-def test_a_gradient_that_is_not_finite_counts_before_its_weights_are_saved(loss, gradient_norm, is_bad):
-    metrics = {"loss": jnp.float32(loss), "gradient_norm": jnp.float32(gradient_norm)}
-    fine = {"loss": jnp.float32(2.0), "gradient_norm": jnp.float32(1.0)}
-    window = loop._accumulate(loop._start(fine, 4), metrics, 5)
-    window = loop._accumulate(window, fine, 6)
-    assert int(window[2]) == (5 if is_bad else loop.NEVER)
-    assert int(window[1]) == 3
-
-
 def test_a_drawn_network_is_one_of_the_active_bit_widths_chosen_by_the_key():
     run = loop.make_run(make_config(), "unused", 32)
     network, state = run.network, loop.init_state(run)
@@ -197,21 +185,3 @@ def test_streams_and_seeds_have_keys_of_their_own():
         for name in ("init", "inputs", "input")
     }
     assert len(keys) == 6
-
-
-def test_scalars_are_named_by_bit_pair_and_layer():
-    square = np.arange(4.0).reshape(2, 2)
-    metrics = {
-        "loss": 1.5,
-        "ce_clean": np.array([0.25, 0.5]),
-        "similarity": {"stage1": Similarity(square, square + 10), INPUT_GRADIENT: Similarity(square + 20, square + 30)},
-    }
-    assert loop.name_scalars(metrics, (8, 2)) == {
-        "loss": 1.5,
-        "ce_clean/8": 0.25,
-        "ce_clean/2": 0.5,
-        "fdp/stage1/8-2": 1.0,
-        "fdp_chance/stage1/8-2": 11.0,
-        "gpdp/8-2": 21.0,
-        "gpdp_chance/8-2": 31.0,
-    }

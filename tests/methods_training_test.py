@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from triqdef_jax import checkpoints, loop, models
+from triqdef_jax import checkpoints, loop, metric_window, models
 from triqdef_jax import config as config_lib
 from triqdef_jax.data.splits import Split
 from triqdef_jax.models.multibit import Weights
@@ -36,7 +36,8 @@ def stem_network():
     build = lambda name, *, num_classes, width, options: ResNet(ResNetPlan((), width), num_classes, options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "stem", build)
-        patch.setattr(loop, "make_step", functools.cache(loop.make_step))
+        shared = functools.cache(loop.make_step)
+        patch.setattr(loop, "make_step", lambda settings, *, compile_piece=None, **place: shared(settings, **place))
         yield
 
 
@@ -192,9 +193,9 @@ def test_means_of_drawn_bits_are_over_the_steps_that_ran_them():
         ({"loss": 2.0, "ce_clean": [4.0]}, [2]),
         ({"loss": 6.0, "ce_clean": [6.0]}, [2]),
     ]
-    zeros = {name: np.zeros(1, np.float32) for name in loop.PER_BIT}
+    zeros = {name: np.zeros(1, np.float32) for name in metric_window.PER_BIT}
     spread = [
-        loop.spread(
+        metric_window.spread(
             {**zeros, "loss": np.float32(m["loss"]), "ce_clean": np.float32(m["ce_clean"]), "similarity": {}},
             np.array(at),
             3,
@@ -202,7 +203,7 @@ def test_means_of_drawn_bits_are_over_the_steps_that_ran_them():
         for m, at in steps
     ]
     sums = jax.device_get(jax.tree.map(lambda *x: sum(x), *spread))
-    scalars = loop.name_scalars(loop.means(sums, 3), (8, 4, 2))
+    scalars = metric_window.name_scalars(metric_window.means(sums, 3), (8, 4, 2))
     assert scalars["loss"] == 3.0
     assert {name: value for name, value in scalars.items() if name.startswith("ce_clean")} == {
         "ce_clean/8": 2.0,

@@ -4,6 +4,7 @@ Everything but the eight devices runs in float64: there, two right programs agre
 of low bit-widths, which changes gradients by percents.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -93,12 +94,12 @@ class Step64:
         forward = (pieces or self.pieces).forward
         return forward(weights or self.state.weights, self.state.stats, *self.place(bits), inputs or self.inputs)
 
-    def run(self, step, bits, num_steps, state=None):
+    def run(self, step, bits, num_steps, state=None, inputs=None):
         """Biases stay unrounded: on their grid a sum before a ReLU is exactly 0 now and then, and rounding decides which side it falls to."""
         state = jax.tree.map(jnp.copy, state or self.state)  # steps donate their state
         slots, specs = zip(*(self.place(b, round_bias=False) for b in bits), strict=True)
         for _ in range(num_steps):
-            state, metrics = step(state, self.inputs, bits, list(slots), list(specs), np.float32(1))
+            state, metrics = step(state, inputs or self.inputs, bits, list(slots), list(specs), np.float32(1))
         return state, metrics
 
 
@@ -264,6 +265,22 @@ def test_both_plans_give_the_same_states_and_metrics(step64, after_three, x64):
     assert largest_difference(state, after_three[0]) < ORDER
     assert largest_difference(metrics, after_three[1]) < ORDER
     assert largest_difference(state.weights.params, step64.state.weights.params) > 1e-3  # something was learned
+
+
+def test_recomputing_the_forward_changes_neither_values_nor_gradients_and_keeps_no_activations(step64, x64):
+    settings = dataclasses.replace(step64.settings, remat=True)
+    found = []
+    for pieces in (step64.pieces, train_step.make_pieces(settings, quick_jit)):
+        (loss, maps), report, pullback = step64.forward(2, pieces=pieces)
+        rng = np.random.default_rng(0)
+        cotangents = {name: rng.normal(size=values.shape) for name, values in maps.items()}  # second derivatives too
+        gradient = pieces.backward(pullback, np.float64(0.5), cotangents)
+        found.append((sum(x.size for x in jax.tree.leaves(pullback)), (loss, maps, report, gradient)))
+    (kept, expected), (kept_by_remat, values) = found
+    assert largest_difference(values, expected) < ORDER
+    # Left are weights, statistics and the 12 images of 8 x 8 x 3, which are there anyway.
+    arrays = (step64.state.weights, step64.state.stats, step64.inputs)
+    assert kept_by_remat <= sum(x.size for x in jax.tree.leaves(arrays)) + 30 < kept / 4
 
 
 def test_arrays_of_inactive_bits_stay_as_they_are(step64, after_three, x64):

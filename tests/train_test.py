@@ -76,6 +76,12 @@ def test_an_impossible_combination_is_refused_before_anything_is_written(environ
     assert not (tmp_path / "run").exists()
 
 
+def test_steps_to_trace_that_the_run_does_not_have_are_refused_before_anything_is_written(environment, tmp_path):
+    error = refusal(environment, "--profile_steps=5:4000", f"--workdir={tmp_path}/run")
+    assert "--profile_steps must be FIRST:LAST" in error and "got '5:4000'" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_missing_data_are_refused_with_the_command_that_prepares_them(environment, tmp_path):
     flags = ("--config=configs/cifar10.py", f"--config.data.dir={tmp_path}/data", f"--workdir={tmp_path}/run")
     error = refusal(environment, *flags)

@@ -76,15 +76,15 @@ class Stepper:
 
 def make_step(run, plan: str):
     """Return (step, pieces by name): the step of `train_step.make_step`, every program of it a `Piece`."""
-    if plan == "fused":
-        step = Piece(train_step.make_step(run.settings, plan=plan, mesh=run.mesh), static_argnums=(2,))
+
+    def compile_piece(piece, *, static_argnums=(), **options):
+        jitted = train_step.jit(piece, static_argnums=static_argnums, **options)
+        return Piece(jitted, static_argnums=static_argnums)
+
+    step = train_step.make_step(run.settings, plan=plan, mesh=run.mesh, compile_piece=compile_piece)
+    if isinstance(step, Piece):
         return step, {"step": step}
-    pieces = train_step.make_pieces(run.settings, lambda piece, **options: Piece(train_step.jit(piece, **options)))
-
-    def step(*args):
-        return train_step.run_step(run.settings, pieces, *args)
-
-    return step, pieces._asdict()
+    return step, {name: piece for name, piece in step.args[1]._asdict().items() if isinstance(piece, Piece)}
 
 
 def variants(config) -> dict:
@@ -188,12 +188,15 @@ def _peak_mib(stepper):
     pieces = _used(stepper)
     if any(piece.mib("temp") is None for piece in pieces.values()):
         return None
-    if stepper.plan == "fused":
+    if "step" in pieces:
         step = pieces["step"]
         return step.mib("argument") + step.mib("output") + step.mib("temp") - step.mib("alias")
-    kept = pieces["forward"].mib("argument") + _residual_mib(stepper)
-    others = [piece.mib("temp") + piece.mib("output") for name, piece in pieces.items() if name != "forward"]
-    return kept + max(pieces["forward"].mib("temp"), *others)
+    inner = "terms" if stepper.plan == "fused" else "forward"  # the program whose results are kept while others run
+    kept = pieces[inner].mib("argument") + (_residual_mib(stepper) or pieces[inner].mib("output"))
+    if "merge" in pieces:  # the whole batch, and the mean of the micro-batches before
+        kept += pieces["split"].mib("argument") + pieces["merge"].mib("output")
+    others = [piece.mib("temp") + piece.mib("output") for name, piece in pieces.items() if name != inner]
+    return kept + max(pieces[inner].mib("temp"), *others)
 
 
 def measure_defenses(config, *, rounds: int = 5) -> dict:

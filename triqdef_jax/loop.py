@@ -4,9 +4,9 @@ The host only dispatches: it waits for the device to log, to save and at stage e
 run that is killed resumes bit-identically on the same devices. What a step computes is in `train_step.py`.
 """
 
+import contextlib
 import dataclasses
 import functools
-import itertools
 import pathlib
 import zlib
 from typing import Any
@@ -16,23 +16,28 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from triqdef_jax import calibration, curriculum, optimizer, processes, selection, sharding
+from triqdef_jax import (
+    ahead,
+    calibration,
+    curriculum,
+    metric_window,
+    optimizer,
+    processes,
+    profiling,
+    selection,
+    sharding,
+)
 from triqdef_jax import config as config_lib
 from triqdef_jax.checkpoints import Checkpointer
 from triqdef_jax.models.multibit import MultiBitNetwork
-from triqdef_jax.objectives.gradients import COSINE
 from triqdef_jax.objectives.methods import Method, Pool
-from triqdef_jax.objectives.penalties import INPUT_GRADIENT
 from triqdef_jax.patch_pool import PatchPool
-from triqdef_jax.train_step import BitReport, CarryingState, StepSettings, TrainState, make_step
+from triqdef_jax.train_step import CarryingState, StepSettings, TrainState, make_step
 from triqdef_jax.writer import MetricWriter, Progress
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, PROFILE = "checkpoints", "profile"
 FUSED_FROM_STEPS = 5000  # On one CPU the fused plan's longer compilation pays only in longer runs.
-NEVER = np.int32(np.iinfo(np.int32).max)
 NUM_CHANNELS = 3  # of all images
-PER_BIT = BitReport._fields[:-1]  # metrics with one figure per bit-width
-PAIR_NAMES = {INPUT_GRADIENT: ("gpdp", ""), COSINE: (COSINE, "")}  # what is no feature layer
 
 
 class NonFiniteLossError(RuntimeError):
@@ -61,10 +66,10 @@ class Run:
     def plan(self) -> str:
         if self.config.train.plan != "auto":
             return self.config.train.plan
-        is_short_on_one_cpu = (
-            jax.default_backend() == "cpu" and self.mesh.size == 1 and self.num_steps < FUSED_FROM_STEPS
-        )
-        return "per_bit" if is_short_on_one_cpu else "fused"
+        if jax.default_backend() != "cpu" or self.mesh.size > 1:
+            return "fused"
+        # On CPU one program runs its bit-widths side by side: remat saves memory only between programs.
+        return "per_bit" if self.num_steps < FUSED_FROM_STEPS or self.config.train.remat else "fused"
 
     @property
     def forward_equivalents(self) -> float:
@@ -83,10 +88,11 @@ def make_run(config: ConfigDict, workdir, num_train: int, *, num_devices: int | 
     batch_size = config.train.batch_size
     if batch_size > num_train:
         raise ValueError(f"train.batch_size must be at most the {num_train} training images, got {batch_size}")
-    sharding.check_batch(batch_size, mesh)
+    num_parts = config.train.accumulate_steps
+    sharding.check_batch(batch_size // num_parts, mesh)
     network, method = config_lib.make_network(config), config_lib.make_training_method(config)
     if method.patched_frac:
-        sharding.check_batch(round(batch_size * method.patched_frac), mesh)
+        sharding.check_batch(round(batch_size * method.patched_frac) // num_parts, mesh)
     if config.train.plan == "per_bit" and mesh.size > 1:
         raise ValueError(f"train.plan=per_bit runs on one device, {mesh.size} are in use; use fused or auto")
     steps_per_epoch = num_train // batch_size
@@ -98,6 +104,8 @@ def make_run(config: ConfigDict, workdir, num_train: int, *, num_devices: int | 
         optimizer=optimizer.make_optimizer(config.optim, schedule),
         map_reduction=config.loss.map_reduction,
         pooled_stats=config.quant.norm_stats == "pooled",
+        accumulate_steps=num_parts,
+        remat=config.train.remat,
     )
     stages = curriculum.make_stages(network.bits, num_steps, tuple(config.bact.starts), enabled=config.bact.enabled)
     return Run(config, pathlib.Path(workdir), network, method, stages, num_steps, settings, schedule, mesh)
@@ -129,12 +137,20 @@ def active_bits(run: Run, stage: curriculum.Stage, step: int) -> tuple[int, ...]
     return run.method.active_bits((run.config.seed, _stream("bits"), step), stage.bits)
 
 
-def train(run: Run, data, pool: PatchPool | None, *, label: str = "", is_quiet: bool = False) -> int:
+def train(
+    run: Run,
+    data,
+    pool: PatchPool | None,
+    *,
+    label: str = "",
+    is_quiet: bool = False,
+    profile_steps: range = range(0),
+) -> int:
     """Train to the end, or to the step at which SIGTERM arrives; returns the number of finished steps.
 
     Args:
       run: from `make_run`. data: `data.ImageData` or `data.StreamData`. pool: training patches, or None where the method takes none.
-      label: what to call the run in the progress line. is_quiet: no progress at all.
+      label: what to call the run in the progress line. is_quiet: no progress at all. profile_steps: steps, counted from 1, to trace.
 
     Raises:
       NonFiniteLossError: the loss is no longer finite. checkpoints.CheckpointError: no checkpoint of this run can be read.
@@ -153,7 +169,7 @@ def train(run: Run, data, pool: PatchPool | None, *, label: str = "", is_quiet: 
             ) as progress,
             processes.Preemption() as preemption,
         ):
-            trainer = _Trainer(run, data, pool, checkpointer, writer, progress, preemption, label)
+            trainer = _Trainer(run, data, pool, checkpointer, writer, progress, preemption, label, profile_steps)
             return trainer.fit(state, start, stage_done)
 
 
@@ -171,10 +187,11 @@ def _restore_or_init(run, checkpointer):
 class _Trainer:
     """Runs the stages of one run; holds what the steps have in common."""
 
-    def __init__(self, run, data, pool, checkpointer, writer, progress, preemption, label):
+    def __init__(self, run, data, pool, checkpointer, writer, progress, preemption, label, profile_steps):
         self.run, self.data, self.label = run, data, label
         self.checkpointer, self.writer, self.progress, self.preemption = checkpointer, writer, progress, preemption
-        self.step_fn = make_step(run.settings, plan=run.plan, mesh=run.mesh)
+        self.compiler, self.trace = ahead.Compiler(), profiling.StepTrace(run.workdir / PROFILE, profile_steps)
+        self.step_fn = make_step(run.settings, plan=run.plan, mesh=run.mesh, compile_piece=self.compiler.jit)
         place = functools.partial(sharding.replicate, mesh=run.mesh)
         self.pool = None if pool is None else place(Pool(pool.values, pool.masks, pool.size_px))
         self.judge = selection.make_judge(run.config, run.network, run.mesh, data, self.pool)
@@ -187,16 +204,17 @@ class _Trainer:
             start_step=step,
             sharding=sharding.batch_sharding(self.run.mesh),
         )
-        for index, stage in enumerate(self.run.stages):
-            if step >= stage.stop:
-                continue
-            if stage_done < index:
-                state = self._enter(state, stage)
-                self.checkpointer.save(step, state, {"stage": index})
-            state, step = self._run_stage(state, step, index, batches)
-            if step < stage.stop:  # preempted; where that is at a stage's end, entering the next one saves
-                break
-        self.checkpointer.wait()
+        with contextlib.closing(self.compiler), contextlib.closing(self.trace):
+            for index, stage in enumerate(self.run.stages):
+                if step >= stage.stop:
+                    continue
+                if stage_done < index:
+                    state = self._enter(state, stage)
+                    self.checkpointer.save(step, state, {"stage": index})
+                state, step = self._run_stage(state, step, index, batches)
+                if step < stage.stop:  # preempted; where that is at a stage's end, entering the next one saves
+                    break
+            self.checkpointer.wait()
         return step
 
     def _enter(self, state, stage):
@@ -212,21 +230,13 @@ class _Trainer:
     def _run_stage(self, state, step, index, batches):
         run, stage, train = self.run, self.run.stages[index], self.run.config.train
         is_last = index == len(run.stages) - 1
-        place = {
-            bits: (run.network.slot(bits), run.network.spec(bits, round_bias=run.config.quant.round_bias and is_last))
-            for bits in stage.bits
-        }
+        place, first = self._place(index), step
         window, is_leaving = None, self.preemption.is_due()
         while step < stage.stop and not is_leaving:
-            bits = active_bits(run, stage, step)
-            slots, specs = map(list, zip(*(place[b] for b in bits), strict=True))
-            key, batch = jax.random.fold_in(self.input_key, step), next(batches)
-            images, labels = unit_range(batch["images"]), batch["labels"]
-            state, inputs = make_inputs(run, self.pool, key, state, slots, specs, images, labels)
-            state, metrics = self.step_fn(state, inputs, bits, slots, specs, self._ramp(step))
-            if run.method.active_bits is not None:
-                metrics = spread(metrics, np.array([stage.bits.index(b) for b in bits], np.int32), len(stage.bits))
-            window = _start(metrics, step) if window is None else _accumulate(window, metrics, step)
+            state, metrics = self.trace.step(step + 1, self._step, state, step, stage, place, next(batches))
+            if step == first:
+                self._prepare(index + 1)
+            window = metric_window.add(window, metrics, step)
             step += 1
             is_leaving = self.preemption.is_due()  # asked once per step, so that the step that leaves also saves
             is_end = step == stage.stop or is_leaving
@@ -241,19 +251,46 @@ class _Trainer:
                 self.checkpointer.save(step, state, {"stage": index} | selection.score_entry(judged))
         return state, step
 
+    def _place(self, index):
+        """Return (slot, spec) of a stage's bit-widths, on the devices once: 130 scalars from the host cost each step 4 ms with 8 devices."""
+        network, stages = self.run.network, self.run.stages
+        round_bias = self.run.config.quant.round_bias and index == len(stages) - 1
+        place = {bits: (network.slot(bits), network.spec(bits, round_bias=round_bias)) for bits in stages[index].bits}
+        return sharding.replicate(place, self.run.mesh)
+
+    def _step(self, state, step, stage, place, batch):
+        """Dispatch one step; returns (state, metrics)."""
+        run, bits = self.run, active_bits(self.run, stage, step)
+        slots, specs = map(list, zip(*(place[b] for b in bits), strict=True))
+        key, images = jax.random.fold_in(self.input_key, step), unit_range(batch["images"])
+        state, inputs = make_inputs(run, self.pool, key, state, slots, specs, images, batch["labels"])
+        state, metrics = self.step_fn(state, inputs, bits, slots, specs, self._ramp(step))
+        if run.method.active_bits is not None:
+            metrics = metric_window.spread(
+                metrics, np.array([stage.bits.index(b) for b in bits], np.int32), len(stage.bits)
+            )
+        return state, metrics
+
+    def _prepare(self, index):
+        """Have the program of a later stage compiled; where bit-widths are drawn, the next set is not known."""
+        run = self.run
+        if run.config.train.compile_ahead and index < len(run.stages) and run.method.active_bits is None:
+            slots, specs = map(list, zip(*self._place(index).values(), strict=True))
+            self.compiler.prepare(run.stages[index].bits, slots, specs)
+
     def _ramp(self, step):
         warmup_steps = int(self.run.config.loss.penalty_warmup_frac * self.run.num_steps)
         return np.float32(curriculum.penalty_ramp(step, warmup_steps=warmup_steps))
 
     def _log(self, window, step, stage, judged):
         sums, count, first_bad = jax.device_get(window)
-        if first_bad != NEVER:
+        if first_bad != metric_window.NEVER:
             saved = self.checkpointer.latest_step()
             raise NonFiniteLossError(
                 f"the loss or its gradient is not finite at step {first_bad}; the last good checkpoint is step {saved} in "
                 f"{self.run.workdir / CHECKPOINTS}; lower optim.lr or the lambdas, or set optim.clip_norm"
             )
-        scalars = name_scalars(means(sums, count), stage.bits) | judged
+        scalars = metric_window.name_scalars(metric_window.means(sums, count), stage.bits) | judged
         scalars["learning_rate"] = float(self.run.schedule(step - 1))
         self.writer.write(step, scalars)
         bits = "/".join(map(str, stage.bits))
@@ -289,15 +326,14 @@ def bit_logits(network, weights, stats, bits, spec):
 
 def drawn_bit_logits(network, weights, stats, slots, specs):
     """Return (key, images) -> logits in evaluation mode of one of the given bit-widths, drawn uniformly by the key."""
-    stack = lambda items: jax.tree.map(lambda *x: np.stack(x), *items)
-    return jax.tree_util.Partial(_drawn_logits(network), weights, stats, stack(slots), stack(specs))
+    return jax.tree_util.Partial(_drawn_logits(network), weights, stats, slots, specs)
 
 
 @functools.cache
 def _drawn_logits(network):
     def logits(weights, stats, slots, specs, key, images):
-        drawn = jax.random.randint(key, (), 0, slots.stats.shape[0])
-        slot, spec = jax.tree.map(lambda x: jnp.asarray(x)[drawn], (slots, specs))
+        drawn = jax.random.randint(key, (), 0, len(slots))
+        slot, spec = (jax.tree.map(lambda *x: jnp.stack(x)[drawn], *items) for items in (slots, specs))
         return network.eval_forward(weights, stats, slot, spec, images)[0]
 
     return logits
@@ -312,57 +348,3 @@ def _eval_logits(network):
 def unit_range(images: jax.Array) -> jax.Array:
     """Return uint8 images as float32 in [0, 1]."""
     return images.astype(jnp.float32) / 255.0
-
-
-def _start(metrics, step):
-    zero = jax.tree.map(jnp.zeros_like, metrics)
-    return _accumulate((zero, jnp.int32(0), jnp.int32(NEVER)), metrics, step)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _accumulate(window, metrics, step):
-    sums, count, first_bad = window
-    # The gradient counts too: it makes the next step's weights, which may be saved before their loss is known.
-    bad = jnp.where(jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"]), NEVER, step)
-    return jax.tree.map(jnp.add, sums, metrics), count + 1, jnp.minimum(first_bad, bad)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def spread(metrics: dict, places: jax.Array, num_bits: int) -> dict:
-    """Return a step's metrics with the figures `[k]` of the bit-widths that ran at their places among all `[num_bits]`, 0 elsewhere.
-
-    `drawn` is added: 1 for those that ran.
-    """
-    put = lambda values: jnp.zeros(num_bits).at[places].set(values)
-    placed = {name: put(metrics[name]) if name in PER_BIT else value for name, value in metrics.items()}
-    return placed | {"drawn": put(jnp.ones(len(places)))}
-
-
-def means(sums: dict, count: int) -> dict:
-    """Return the means over steps of summed metrics; of `spread` ones over the steps at which the bit-width ran, nan where there was none."""
-    averages = jax.tree.map(lambda x: x / count, sums)
-    if "drawn" not in averages:
-        return averages
-    drawn = averages["drawn"]
-    over_own = lambda x: np.divide(x, drawn, out=np.full_like(x, np.nan), where=drawn > 0)
-    return averages | {name: over_own(averages[name]) for name in PER_BIT}
-
-
-def name_scalars(metrics: dict, bits: tuple[int, ...]) -> dict[str, float]:
-    """Flatten a step's metrics to names such as 'ce_clean/8', 'fdp/stage1/8-5' and 'gpdp_chance/8-5'; a bit-width that never ran has none."""
-    scalars = {}
-    for name, value in metrics.items():
-        if name == "similarity":
-            continue
-        if np.ndim(value) == 0:
-            scalars[name] = float(value)
-        else:
-            ran = metrics.get("drawn", np.ones(len(bits)))
-            scalars |= {f"{name}/{b}": float(v) for b, v, has_run in zip(bits, value, ran, strict=True) if has_run}
-    for layer, similarity in metrics["similarity"].items():
-        kind, place = PAIR_NAMES.get(layer, ("fdp", f"/{layer}"))
-        for i, j in itertools.combinations(range(len(bits)), 2):
-            pair = f"{bits[i]}-{bits[j]}"
-            scalars[f"{kind}{place}/{pair}"] = float(similarity.value[i, j])
-            scalars[f"{kind}_chance{place}/{pair}"] = float(similarity.chance[i, j])
-    return scalars

@@ -4,7 +4,6 @@ Images are uint8 `[B, H, W, 3]` here, features float32 `[B, h, w, C]` by name, a
 compiled program serves all bit-widths and networks of equal shape.
 """
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from triqdef_jax import config as config_lib
 from triqdef_jax import inference, loop, perceptual, quantize, train_step
 from triqdef_jax.objectives.penalties import INPUT_GRADIENT
 
@@ -55,9 +53,7 @@ class Cam(NamedTuple):
 
 def one_bit(trained, bits: int) -> OneBit:
     """Return one trained bit-width of a `runs.Trained`."""
-    config = copy.deepcopy(trained.config)
-    config.model.dtype = "float32"
-    return OneBit(bits, config_lib.make_network(config).module, trained.variables(bits), trained.spec(bits))
+    return OneBit(bits, trained.network.module, trained.variables(bits), trained.spec(bits))
 
 
 def first_test_images(data, num: int) -> tuple[np.ndarray, np.ndarray]:

@@ -26,13 +26,16 @@ FREE_FIELDS = (
     "patches.shared_dir",
     "train.keep_checkpoints",
     "train.keep_best",
+    "train.remat",
+    "train.compile_ahead",
 )
 
 
 class Trained(NamedTuple):
     """A trained network: config, network, weights and running statistics on the default device, finished steps.
 
-    `calibration_images` are those of bit-widths that were not trained. `results` is the folder, within the workdir, of what is measured on it.
+    The network is float32, in whatever type it was trained: it is what is measured and shipped. `calibration_images` are those of bit-widths that
+    were not trained. `results` is the folder, within the workdir, of what is measured on it.
     """
 
     config: ConfigDict
@@ -130,7 +133,7 @@ def load_trained(workdir: str | pathlib.Path, checkpoint: str = LAST) -> Trained
         for 'last' every one, is damaged.
     """
     config = read_config(workdir)
-    network = config_lib.make_network(config)
+    network = config_lib.make_network(config, dtype="float32")
     step = find_step(workdir, checkpoint)
     with Checkpointer(pathlib.Path(workdir) / loop.CHECKPOINTS) as checkpointer:
         raw, meta = checkpointer.restore_raw(step)

@@ -3,7 +3,8 @@
 Every active bit-width runs one forward on the clean and one on the patched images; cross-entropy, feature maps and input gradient come from
 the same forward. Pair penalties are differentiated with respect to the maps alone, and each bit-width's pullback takes the result
 back to the weights. Plan 'per_bit' compiles each piece once for all bit-widths and stages (one device); plan 'fused' compiles their
-composition per set of active bits. Arrays live on devices, nothing here waits for them.
+composition per set of active bits. With `accumulate_steps` the terms of several micro-batches are averaged before the update. Arrays live on
+devices, nothing here waits for them.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from triqdef_jax import perceptual, quantize, sharding
+from triqdef_jax import micro_batches, perceptual, quantize, sharding
 from triqdef_jax.models import multibit
 from triqdef_jax.models.multibit import MultiBitNetwork, Slot, Weights
 from triqdef_jax.objectives.methods import Inputs, Method
@@ -70,6 +71,8 @@ class StepSettings:
       network, method: what is trained and how. optimizer: optax transformation over `Weights`.
       map_reduction: how channels become one map, see `perceptual.channel_map`.
       pooled_stats: running statistics learn from clean and patched images; False takes the clean ones alone.
+      accumulate_steps: micro-batches per step; their terms are averaged and give one update.
+      remat: run each bit-width's forward again when its gradient is taken, instead of keeping its activations until then.
     """
 
     network: MultiBitNetwork
@@ -77,6 +80,8 @@ class StepSettings:
     optimizer: optax.GradientTransformation
     map_reduction: str = "mean"
     pooled_stats: bool = True
+    accumulate_steps: int = 1
+    remat: bool = False
 
 
 def bit_forward(
@@ -109,7 +114,7 @@ def bit_forward(
         loss = settings.method.bit_terms(ce_clean, ce_patched)
         return (loss, maps), BitReport(ce_clean, acc_clean, ce_patched, acc_patched, moments)
 
-    values, pullback, report = jax.vjp(outputs, weights, has_aux=True)
+    values, pullback, report = jax.vjp(jax.checkpoint(outputs) if settings.remat else outputs, weights, has_aux=True)
     return values, report, pullback
 
 
@@ -197,27 +202,47 @@ def update(
     return state, optax.tree.norm(gradients)
 
 
+class Terms(NamedTuple):
+    """What one micro-batch says to the update: gradient without that of the weight penalty, and the parts of the metrics, one per bit-width.
+
+    `penalty` and `similarities` are those of the pairs; `reports` are `BitReport`s.
+    """
+
+    gradients: Weights
+    losses: tuple[jax.Array, ...]
+    penalty: jax.Array
+    similarities: Tree
+    reports: tuple[BitReport, ...]
+
+
 class Pieces(NamedTuple):
-    """The functions that one step is composed of, plain or each compiled on its own."""
+    """The functions that one step is composed of, plain or each compiled on its own; `terms` composes the first four."""
 
     forward: Callable
     penalties: Callable
     backward: Callable
-    weight_penalty: Callable
     add: Callable
+    terms: Callable
+    split: Callable
+    merge: Callable
+    weight_penalty: Callable
     finish: Callable
 
 
 def make_pieces(settings: StepSettings, compile_piece: Callable = lambda piece, **_: piece) -> Pieces:
     """Bind the settings to the pieces; `compile_piece(function, **jit_options)` may compile each of them."""
-    return Pieces(
+    pieces = Pieces(
         forward=compile_piece(functools.partial(bit_forward, settings)),
         penalties=compile_piece(functools.partial(penalties, settings)),
         backward=compile_piece(bit_backward),  # pullbacks are never donated: weights hide among their residuals
-        weight_penalty=compile_piece(functools.partial(weight_penalty, settings)),
         add=compile_piece(functools.partial(jax.tree.map, jnp.add), donate_argnums=0),
+        terms=None,
+        split=compile_piece(functools.partial(micro_batches.split, num=settings.accumulate_steps)),
+        merge=compile_piece(merge, donate_argnums=0),
+        weight_penalty=compile_piece(functools.partial(weight_penalty, settings)),
         finish=compile_piece(functools.partial(_finish, settings), donate_argnums=0),
     )
+    return pieces._replace(terms=functools.partial(batch_terms, settings, pieces))
 
 
 def jit(function: Callable, **options) -> Callable:
@@ -227,14 +252,14 @@ def jit(function: Callable, **options) -> Callable:
     return jax.jit(function, **options)
 
 
-def make_step(settings: StepSettings, *, plan: str, mesh: jax.sharding.Mesh) -> Callable:
+def make_step(settings: StepSettings, *, plan: str, mesh: jax.sharding.Mesh, compile_piece: Callable = jit) -> Callable:
     """Return `step(state, inputs, bits, slots, specs, ramp) -> (state, metrics)`.
 
     Args of the returned function:
       state: `TrainState` or `CarryingState`, donated. inputs: `Inputs` without extra state. bits: active bit-widths, a static tuple: the fused
       plan compiles once for each that it meets. slots, specs: one `Slot` and one `BitSpec` for each. ramp: factor of the pair penalties in
       [0, 1].
-    mesh: devices over which the fused plan splits the batch; the state is replicated.
+    mesh: devices over which the fused plan splits the batch; the state is replicated. compile_piece: what compiles each program, like `jit`.
 
     Raises:
       ValueError: for an unknown plan.
@@ -242,23 +267,48 @@ def make_step(settings: StepSettings, *, plan: str, mesh: jax.sharding.Mesh) -> 
     if plan not in PLANS:
         raise ValueError(f"train.plan must be one of auto, {', '.join(PLANS)}, got {plan!r}")
     if plan == "per_bit":
-        return functools.partial(run_step, settings, make_pieces(settings, jit))
-    pieces, everywhere = make_pieces(settings), sharding.replicated(mesh)
+        return functools.partial(run_step, settings, make_pieces(settings, compile_piece))
+    plain, rows, everywhere = make_pieces(settings), sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
     def step(state, inputs, bits, slots, specs, ramp):
-        inputs = jax.lax.with_sharding_constraint(inputs, sharding.batch_sharding(mesh))
-        return run_step(settings, pieces, state, inputs, bits, slots, specs, ramp)
+        inputs = jax.lax.with_sharding_constraint(inputs, rows)
+        return run_step(settings, plain, state, inputs, bits, slots, specs, ramp)
 
-    return jit(step, static_argnums=2, donate_argnums=0, out_shardings=(everywhere, everywhere))
+    def terms(weights, stats, inputs, bits, slots, specs, ramp):
+        inputs = jax.lax.with_sharding_constraint(inputs, rows)
+        return plain.terms(weights, stats, inputs, bits, slots, specs, ramp)
+
+    if settings.accumulate_steps == 1:
+        return compile_piece(step, static_argnums=(2,), donate_argnums=0, out_shardings=(everywhere, everywhere))
+    # One program per micro-batch, called again and again: a loop inside would be slow on CPU and its unrolled form long to compile.
+    pieces = make_pieces(settings, functools.partial(compile_piece, out_shardings=everywhere))
+    return functools.partial(
+        run_step,
+        settings,
+        pieces._replace(
+            split=compile_piece(plain.split, out_shardings=rows),
+            terms=compile_piece(terms, static_argnums=(3,), out_shardings=everywhere),
+        ),
+    )
 
 
 def run_step(settings, pieces, state, inputs, bits, slots, specs, ramp):
-    """Compose the pieces into one step; the loop over bit-widths is unrolled under either plan."""
+    """Compose the pieces into one step."""
+    terms = None
+    for index in range(settings.accumulate_steps):
+        part = inputs if settings.accumulate_steps == 1 else pieces.split(inputs, np.int32(index))
+        new = pieces.terms(state.weights, state.stats, part, bits, slots, specs, ramp)
+        terms = new if terms is None else pieces.merge(terms, new, np.asarray(index, new.losses[0].dtype))
+    if settings.method.weight_penalty is not None:
+        on_weights, gradient = pieces.weight_penalty(state.weights)
+        terms = terms._replace(penalty=terms.penalty + on_weights, gradients=pieces.add(terms.gradients, gradient))
+    return pieces.finish(state, terms, slots)
+
+
+def batch_terms(settings, pieces, weights, stats, inputs, bits, slots, specs, ramp) -> Terms:
+    """Compose the pieces into the `Terms` of one batch; the loop over bit-widths is unrolled under either plan."""
     values, reports, pullbacks = zip(
-        *(
-            pieces.forward(state.weights, state.stats, slot, spec, inputs)
-            for slot, spec in zip(slots, specs, strict=True)
-        ),
+        *(pieces.forward(weights, stats, slot, spec, inputs) for slot, spec in zip(slots, specs, strict=True)),
         strict=True,
     )
     losses, maps = zip(*values, strict=True)
@@ -274,17 +324,32 @@ def run_step(settings, pieces, state, inputs, bits, slots, specs, ramp):
     for pullback, cotangent in zip(pullbacks, cotangents, strict=True):
         gradient = pieces.backward(pullback, np.asarray(1 / len(bits), losses[0].dtype), cotangent)
         gradients = gradient if gradients is None else pieces.add(gradients, gradient)
-    if settings.method.weight_penalty is not None:
-        on_weights, gradient = pieces.weight_penalty(state.weights)
-        penalty, gradients = penalty + on_weights, pieces.add(gradients, gradient)
-    return pieces.finish(state, gradients, slots, losses, penalty, reports, similarities)
+    return Terms(gradients, losses, penalty, similarities, reports)
 
 
-def _finish(settings, state, gradients, slots, losses, penalty, reports, similarities):
+def merge(terms: Terms, new: Terms, num_done: jax.Array) -> Terms:
+    """Return the means of `num_done + 1` micro-batches from those of `num_done` and the next one; moments become those of all their images."""
+    reports = [
+        BitReport(
+            *micro_batches.mean(old[:-1], late[:-1], num_done),
+            multibit.pool_moments([old[-1], late[-1]], [num_done, 1]),
+        )
+        for old, late in zip(terms.reports, new.reports, strict=True)
+    ]
+    return Terms(*micro_batches.mean(terms[:-1], new[:-1], num_done), tuple(reports))
+
+
+def _finish(settings, state, terms, slots):
     """Update the state and gather the metrics of the step."""
-    new_state, gradient_norm = update(settings, state, gradients, slots, [report.moments for report in reports])
-    loss = sum(losses) / len(losses) + penalty
-    metrics = {"loss": loss, "penalty": penalty, "gradient_norm": gradient_norm, "similarity": similarities}
+    losses, reports = terms.losses, terms.reports
+    new_state, gradient_norm = update(settings, state, terms.gradients, slots, [report.moments for report in reports])
+    loss = sum(losses) / len(losses) + terms.penalty
+    metrics = {
+        "loss": loss,
+        "penalty": terms.penalty,
+        "gradient_norm": gradient_norm,
+        "similarity": terms.similarities,
+    }
     for name in BitReport._fields[:-1]:
         metrics[name] = jnp.stack([getattr(report, name) for report in reports])
     return new_state, metrics

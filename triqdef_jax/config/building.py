@@ -10,9 +10,11 @@ from triqdef_jax.objectives.methods import BaselineSettings, Method, MethodSetti
 from triqdef_jax.objectives.penalties import PenaltySettings
 
 
-def make_network(config: ConfigDict, bits: tuple[int, ...] | None = None) -> MultiBitNetwork:
-    """Return the network of the run, or the same network under other `bits`."""
-    options = LayerOptions(config.quant.scale, config.model.dtype, norm_group=config.model.norm_group)
+def make_network(
+    config: ConfigDict, bits: tuple[int, ...] | None = None, *, dtype: str | None = None
+) -> MultiBitNetwork:
+    """Return the network of the run, or the same network under other `bits` or with operands of another `dtype`."""
+    options = LayerOptions(config.quant.scale, dtype or config.model.dtype, norm_group=config.model.norm_group)
     quant = config.quant
     return MultiBitNetwork(
         make_model(config.model.name, num_classes=num_classes(config), width=config.model.width, options=options),

@@ -11,6 +11,9 @@ YOUNG_FIELDS = (
     "patches.protected_frac",
     "baselines",
     "model.norm_group",
+    "train.accumulate_steps",
+    "train.remat",
+    "train.compile_ahead",
 )
 
 
@@ -87,6 +90,9 @@ def default() -> RunConfig:
                 "batch_size": 64,  # clean images per step, over all devices
                 "epochs": 30,  # passes over the training images
                 "plan": "auto",  # per_bit (compile once, one device) | fused (compile per stage) | auto
+                "accumulate_steps": 1,  # micro-batches per step, for memory; norms see one of them at a time
+                "remat": False,  # compute activations again for the gradient instead of keeping them, for memory
+                "compile_ahead": True,  # fused: compile the next stage while the present one trains
                 "log_every_steps": 20,  # steps per line of metrics.jsonl
                 "checkpoint_every_steps": 200,  # steps between checkpoints; stages and the end save as well
                 "keep_checkpoints": 3,  # newest checkpoints kept

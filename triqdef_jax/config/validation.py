@@ -107,6 +107,12 @@ def _validate_loss(config):
             f"train.batch_size must be divisible by {share.denominator}, because loss.patched_frac = {share} patches "
             f"{share.numerator} of every {share.denominator} images; got {config.train.batch_size}"
         )
+    num, num_patched = config.train.accumulate_steps, config.train.batch_size // share.denominator * share.numerator
+    if num < 1 or config.train.batch_size % num or num_patched % num:
+        raise ValueError(
+            f"train.accumulate_steps must divide train.batch_size = {config.train.batch_size} and the {num_patched} patched images "
+            f"among them, got {num}"
+        )
 
 
 def _validate_train(config):

@@ -16,11 +16,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from triqdef_jax import entry, files
+from triqdef_jax import compile_cache, entry, files
 
 STATE_FILE, LOGS_DIR, COMPILED_DIR = "tasks.json", "logs", "compiled"
-# Most of a short run is compilation, and the runs of a study are much the same programs.
-CACHE_VARIABLE, CACHE_FROM = "JAX_COMPILATION_CACHE_DIR", {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
 POLL_S = 0.1
 DONE, FAILED, LEFT_OUT = "done", "failed", "left out"
 # One chip per process, by the variables that CUDA and libtpu read; ROCm reads its own.
@@ -99,8 +97,9 @@ class _Queue:
         self.folder, self.tell, self.num = folder, tell, num_processes
         self.waiting, self.running, self.ended = list(tasks), [], {}
         self.total, self.is_stopping = len(tasks), False
-        compiled = {CACHE_VARIABLE: str((folder / COMPILED_DIR).resolve()), **CACHE_FROM}
-        self.environment = {**compiled, **environment, **os.environ}
+        # Most of a short run is compilation, and the runs of a study are much the same programs.
+        compiled = {compile_cache.VARIABLE: str((folder / COMPILED_DIR).resolve())}
+        self.environment = {**compiled, **environment, **compile_cache.inherited()}
         self.state = _read_state(folder / STATE_FILE)
         for task in tasks:
             if self._is_finished(task):
