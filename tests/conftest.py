@@ -31,6 +31,15 @@ def smallest_network():
         yield
 
 
+@pytest.fixture(scope="module")
+def stem_network():
+    """A network of one convolution, its norm and a classifier under the name 'stem', for tests of what surrounds the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        build = lambda name, *, num_classes, width, options: ResNet(ResNetPlan((), width), num_classes, options)
+        patch.setitem(models.MODELS, "stem", build)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_config():
     """Return a function that builds the config of a run of a few seconds on real digits at 8 px, with changed fields."""

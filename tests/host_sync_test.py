@@ -105,13 +105,13 @@ class Begun:
 
 
 @pytest.fixture
-def train(trap, tiny_config, smallest_network, tmp_path, monkeypatch):
+def train(trap, tiny_config, stem_network, tmp_path, monkeypatch):
     """A function that trains six steps of two stages, each step's dispatch and bookkeeping under the trap, but not compilation or logging."""
 
     def run(plan, method, disturb=lambda metrics: None):
         fields = {"data.train_images": 96, "train.batch_size": 16, "train.epochs": 1, "train.log_every_steps": 2}
         config = tiny_config(
-            **fields, **{"model.name": "tiny", "train.plan": plan, "loss.method": method, "baselines.dwq_steps": 1}
+            **fields, **{"model.name": "stem", "train.plan": plan, "loss.method": method, "baselines.dwq_steps": 1}
         )
         loaded = data.load(config.data)
         made = loop.make_run(config, tmp_path, loaded.num_train)
