@@ -142,6 +142,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, caplog, c
     assert (folder / "30.damaged").is_dir()
 
 
+def test_an_old_checkpoint_that_a_kill_left_half_deleted_disturbs_nothing_and_goes_with_the_next_save(run, caplog):
+    folder, reader = run
+    delete_half(folder / "10")
+    assert reader.restore(make_state())[1]["step"] == 30 and reader.restore_raw(20)[1]["step"] == 20
+    assert reader.save(40, make_state(40), {})
+    reader.wait()
+    assert sorted(path.name for path in folder.iterdir()) == ["20", "30", "40"] and caplog.messages == []
+
+
 def test_one_object_may_save_restore_past_damage_and_save_again(tmp_path):
     with checkpoints.Checkpointer(tmp_path) as saver:
         saver.save(1, make_state(1), {})
