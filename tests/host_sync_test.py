@@ -110,6 +110,7 @@ def train(trap, tiny_config, stem_network, tmp_path, monkeypatch):
 
     def run(plan, method, disturb=lambda metrics: None):
         fields = {"data.train_images": 96, "train.batch_size": 16, "train.epochs": 1, "train.log_every_steps": 2}
+        fields["train.keep_best"] = False  # which waits, at checkpoints
         config = tiny_config(
             **fields, **{"model.name": "stem", "train.plan": plan, "loss.method": method, "baselines.dwq_steps": 1}
         )
