@@ -28,6 +28,7 @@ LAYERS = (
         "results",
         "sharding",
         "checkpoints",
+        "collectives",
         "timing",
         "verdicts",
         "writer",
