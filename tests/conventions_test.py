@@ -44,6 +44,7 @@ LAYERS = (
         "guards",
         "stand_ins",
         "attack_cost",
+        "step_model",
         "latency",
         "targets",
         "inference",
