@@ -45,6 +45,7 @@ LAYERS = (
         "stand_ins",
         "attack_cost",
         "step_model",
+        "scaling",
         "latency",
         "targets",
         "inference",
