@@ -137,7 +137,7 @@ def test_nothing_to_measure_is_refused(arguments, message):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--what=attack", "--what must be one of step, attacks, defenses, deploy, data, got 'attack'"),
+        ("--what=attack", "--what must be one of step, attacks, defenses, deploy, data, scaling, got 'attack'"),
         ("--workdir=runs/x", "a benchmark has no --workdir"),
     ],
 )

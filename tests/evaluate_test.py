@@ -299,6 +299,7 @@ def test_runs_that_met_other_patches_are_not_compared_and_the_program_says_so_in
     monkeypatch.setattr(evaluate, "_evaluate_run", evaluated_as)
     monkeypatch.setattr(evaluate, "_check_runs", lambda options: None)
     monkeypatch.setattr(evaluate.flags, "FLAGS", options_of(workdirs=["a"], compare="b", preset="quick"))
+    monkeypatch.setattr(processes, "from_flags", processes.Start)
     with pytest.raises(
         entry.UserError, match="held-out: the two runs met different patches; evaluate both with the same"
     ) as error:

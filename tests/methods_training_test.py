@@ -57,6 +57,7 @@ def make_config(**changes):
             "train.plan": "per_bit",
             "train.log_every_steps": 1,
             "train.checkpoint_every_steps": SAVED_AT,
+            "train.keep_best": False,  # nothing here reads it, and its program would be compiled for every method
             "optim.lr": 0.02,
             "patches.sizes_px": (3,),
             "patches.attack_steps": 2,

@@ -4,6 +4,7 @@
 beside a training step.
 `--what=deploy`: bytes and ms of the integer ONNX file of each bit-width beside float32 and onnxruntime's own static quantization.
 `--what=defenses`: ms per image behind each defence at inference, and of the bare network.
+`--what=scaling`: collectives and memory of the fused step on `--devices` virtual devices, beside the model's; nothing runs.
 `--what=attacks`: patch steps per second of the universal attack, ten targets in one program, against forward and
 backward passes of the same network to as many images. `--what=step`: three training steps in one interleaved run,
 `method`, the config's own; `clean`, quantization-aware training of the same bit-widths on clean images; `plain`, the
@@ -19,7 +20,19 @@ import jax
 import numpy as np
 from absl import flags
 
-from triqdef_jax import attack_cost, data_cost, entry, files, latency, loop, quantize, sharding, stand_ins, train_step
+from triqdef_jax import (
+    attack_cost,
+    data_cost,
+    entry,
+    files,
+    latency,
+    loop,
+    quantize,
+    scaling,
+    sharding,
+    stand_ins,
+    train_step,
+)
 from triqdef_jax import config as config_lib
 from triqdef_jax.shipping import speed
 from triqdef_jax.timing import Cost, Piece, check_rounds, number_text, scaled, spread, spread_text
@@ -312,12 +325,18 @@ def _measure_step(config, *, rounds):
     return measure(config, plans=tuple(_PLANS.value), rounds=rounds)
 
 
+def _measure_scaling(config, *, rounds):
+    del rounds
+    return scaling.measure(config, num_devices=_DEVICES.value)
+
+
 SUBJECTS = {
     "step": (_measure_step, format_table),
     "attacks": (attack_cost.measure, attack_cost.text),
     "defenses": (measure_defenses, format_defenses),
     "deploy": (measure_deploy, format_deploy),
     "data": (measure_data, data_cost.text),
+    "scaling": (_measure_scaling, scaling.text),
 }
 
 if __name__ == "__main__":
@@ -325,5 +344,6 @@ if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", None, "JSON file for the figures; by default they are printed only.")
     _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed steps of each kind.")
     _PLANS = flags.DEFINE_list("plans", "per_bit,fused", "Compilation plans to measure: per_bit, fused.")
-    _WHAT = flags.DEFINE_string("what", "step", "What to measure: step, attacks, defenses, deploy or data.")
+    _WHAT = flags.DEFINE_string("what", "step", "What to measure: step, attacks, defenses, deploy, data or scaling.")
+    _DEVICES = flags.DEFINE_integer("devices", 8, "Virtual devices of --what=scaling, for example 8, 64 or 256.")
     entry.run_program(main)

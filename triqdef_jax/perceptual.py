@@ -117,16 +117,16 @@ def sobel_magnitude(maps: jax.Array) -> jax.Array:
 
 
 def _order_statistic(keys: jax.Array, rank: int) -> jax.Array:
-    """Return the ``rank``-th smallest (from 0) of int keys [N, M] along axis 1, by setting bits from the top down."""
+    """Return the ``rank``-th smallest (from 0) of int keys [..., M] along the last axis, by setting bits from the top down."""
     num_bits = jnp.iinfo(keys.dtype).bits - 1
 
     def set_bit(step: jax.Array, found: jax.Array) -> jax.Array:
         bit = jnp.left_shift(jnp.ones((), keys.dtype), (num_bits - 1 - step).astype(keys.dtype))
         candidate = found | bit
-        num_below = jnp.sum(keys < candidate[:, None], axis=1, dtype=jnp.int32)
+        num_below = jnp.sum(keys < candidate[..., None], axis=-1, dtype=jnp.int32)
         return jnp.where(num_below <= rank, candidate, found)
 
-    return lax.fori_loop(0, num_bits, set_bit, jnp.zeros(keys.shape[:1], keys.dtype))
+    return lax.fori_loop(0, num_bits, set_bit, jnp.zeros(keys.shape[:-1], keys.dtype))
 
 
 def percentile(maps: jax.Array, q: float) -> jax.Array:
@@ -148,7 +148,7 @@ def percentile(maps: jax.Array, q: float) -> jax.Array:
     if not 0.0 <= q <= 100.0:
         raise ValueError(f"q must be a percentage in [0, 100], got {q}: pass 85.0 for the 85th percentile")
     num_values = maps.shape[-2] * maps.shape[-1]
-    flat = maps.reshape(-1, num_values)
+    flat = maps.reshape(*maps.shape[:-2], num_values)  # [K B, h w], with B split over devices, would be gathered
     keys = lax.bitcast_convert_type(flat, jnp.int32 if maps.dtype == jnp.float32 else jnp.int64)
     # In the precision of the maps, as jnp.percentile does, so that both choose the same neighbours and weights.
     position = np.asarray(q, maps.dtype) / np.asarray(100, maps.dtype) * np.asarray(num_values - 1, maps.dtype)
@@ -157,11 +157,11 @@ def percentile(maps: jax.Array, q: float) -> jax.Array:
     low = _order_statistic(keys, rank)
     value = lax.bitcast_convert_type(low, maps.dtype)
     if weight > 0:
-        is_above = keys > low[:, None]
-        above = jnp.min(jnp.where(is_above, flat, jnp.inf), axis=1)
-        is_repeated = jnp.sum(~is_above, axis=1, dtype=jnp.int32) > rank + 1
+        is_above = keys > low[..., None]
+        above = jnp.min(jnp.where(is_above, flat, jnp.inf), axis=-1)
+        is_repeated = jnp.sum(~is_above, axis=-1, dtype=jnp.int32) > rank + 1
         value = value + weight * (jnp.where(is_repeated, value, above) - value)  # Exact where both are equal.
-    return value.reshape(maps.shape[:-2])
+    return value
 
 
 def _threshold(maps: jax.Array, q: float) -> jax.Array:
