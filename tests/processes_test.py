@@ -1,5 +1,6 @@
 """Processes find one another, compute what one computes, fail together, and leave after the same step."""
 
+import errno
 import json
 import os
 import signal
@@ -54,9 +55,9 @@ def main(rank):
 """
 
 ONE_DIES = """
-def main(rank):
+def main(rank, number):
     if rank == 1:
-        raise RuntimeError("a bug of ours")
+        raise OSError(int(number), os.strerror(int(number)), "/full/disk") if int(number) else RuntimeError("a bug of ours")
     processes.gathered(True)
 """
 
@@ -99,9 +100,13 @@ def test_what_fails_in_one_process_fails_in_all():
     assert other[1] == "ValueError no disk here\n"
 
 
-def test_a_process_that_dies_ends_the_others_with_a_line_that_says_so():
-    lead, other = run_processes(ONE_DIES + CONNECTED)
-    assert other[0] == entry.EXIT_FAILED and "RuntimeError: a bug of ours" in other[2]
+@pytest.mark.parametrize(
+    "number, code, said",
+    [(0, 1, "RuntimeError: a bug of ours"), (errno.ENOSPC, 2, "error: No space left on device: /full/disk;")],
+)
+def test_a_process_that_dies_ends_the_others_with_a_line_that_says_so(number, code, said):
+    lead, other = run_processes(ONE_DIES + CONNECTED, number)
+    assert other[0] == code and said in other[2] and ("Traceback" in other[2]) == (code == entry.EXIT_FAILED)
     assert lead[0] == -signal.SIGABRT
     assert "another task died" in lead[2] and "unhealthy (stopped sending heartbeats):\n1\n" in lead[2]
 

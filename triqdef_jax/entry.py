@@ -113,14 +113,22 @@ def _run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int |
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except UserError as error:
+    except Exception as error:
+        code = told(error)
+        if code is None:
+            raise
+        return code
+
+
+def told(error: Exception) -> int | None:
+    """Tells what the user or the disk did wrong in one line and returns the exit code; None, and nothing told, for anything else."""
+    if isinstance(error, UserError):
         return _tell(_message(error))
-    except OSError as error:
-        if error.errno in _DISK_ERRORS:
-            return _tell(f"{_message(error)}; make room or access, then run the same command again")
-        if isinstance(error, FileNotFoundError) and error.errno is None:
-            return _tell(_message(error))
-        raise
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return _tell(f"{_message(error)}; make room or access, then run the same command again")
+    if isinstance(error, FileNotFoundError) and error.errno is None:
+        return _tell(_message(error))
+    return None
 
 
 def _leave(code: int | None) -> int | None:

@@ -122,12 +122,14 @@ def started(start: Start) -> Iterator[None]:
         yield
     except (SystemExit, entry.UserError):
         raise
-    except Exception:
+    except Exception as error:
         if jax.process_count() == 1:
             raise
-        traceback.print_exc()
+        code = entry.told(error)
+        if code is None:
+            traceback.print_exc()
         sys.stderr.flush()
-        os._exit(entry.EXIT_FAILED)
+        os._exit(code or entry.EXIT_FAILED)
     finally:
         jax.distributed.shutdown()
 
