@@ -8,6 +8,13 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
+# Gloo, the library of the CPU's collectives, writes to the process's stdout, in pieces; what Python prints keeps a stream of its own.
+OWN_STDOUT = """
+import os, sys
+sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)
+"""
+
 # Connects, then runs what follows in a `main` that gets its process number and the script's arguments.
 CONNECTED = """
 import json, os, pathlib, signal, sys
@@ -27,7 +34,6 @@ def free_port():
 def run_processes(script, *arguments, num=2, num_devices=1, timeout_s=300, **environment):
     """Run `python -c script *arguments` as `num` processes, with `num_devices` each; returns their (code, stdout, stderr) in order.
 
-    What Gloo, the library of the CPU's collectives, says on stdout is left out.
     Address, number and id are in the variables that `processes.complete` reads.
     """
     environment = os.environ | {
@@ -40,7 +46,7 @@ def run_processes(script, *arguments, num=2, num_devices=1, timeout_s=300, **env
     }
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", script, *map(str, arguments)],
+            [sys.executable, "-c", OWN_STDOUT + script, *map(str, arguments)],
             env=environment | {"JAX_PROCESS_ID": str(rank)},
             text=True,
             stdout=subprocess.PIPE,
@@ -53,11 +59,4 @@ def run_processes(script, *arguments, num=2, num_devices=1, timeout_s=300, **env
     finally:
         for child in children:
             child.kill()
-    return [
-        (
-            child.returncode,
-            "".join(line for line in out.splitlines(keepends=True) if not line.startswith("[Gloo]")),
-            err,
-        )
-        for child, (out, err) in zip(children, outputs, strict=True)
-    ]
+    return [(child.returncode, *output) for child, output in zip(children, outputs, strict=True)]
