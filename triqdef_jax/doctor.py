@@ -6,7 +6,6 @@ train; says what to do). Exit code 0 where nothing has to be fixed, 1 otherwise,
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import pathlib
 import platform
@@ -40,7 +39,7 @@ def main(argv):
                 _WORKDIR.value or runs.default_workdir(*entry.config_source(_CONFIG), entry.config_overrides(_CONFIG))
             )
         findings = examine(config, workdir, min_free_gb=flags.FLAGS.min_free_gb)
-        reports = [[Finding(*finding) for finding in told] for told in gather(installed + findings)]
+        reports = [[Finding(*finding) for finding in told] for told in processes.gathered(installed + findings)]
         return report(reports, is_quiet=not sharding.is_lead())
 
 
@@ -66,7 +65,7 @@ def examine(config: Any, workdir: pathlib.Path, *, min_free_gb: float) -> list[F
     from triqdef_jax import sharding
 
     mesh = sharding.data_mesh()
-    hosts = gather(socket.gethostname())
+    hosts = processes.gathered(socket.gethostname())
     here = hosts.count(hosts[jax.process_index()])
     present = [path for path in checks.ACCELERATORS if os.path.exists(path)]
     dataset, num_train = checks.dataset(config.data)
@@ -96,36 +95,22 @@ def shared_disk(directory: pathlib.Path) -> Finding:
 
     if jax.process_count() == 1:
         return Finding(OK, "shared disk", "not needed by one process")
-    mark = checks.nearest(directory) / f".doctor-{gather(uuid.uuid4().hex)[0]}"
+    mark = checks.nearest(directory) / f".doctor-{processes.gathered(uuid.uuid4().hex)[0]}"
     try:
         if sharding.is_lead():
             mark.touch()
         is_written = True
     except OSError:
         is_written = False
-    if not gather(is_written)[0]:
+    if not processes.gathered(is_written)[0]:
         return Finding(WARN, "shared disk", "not checked, nothing can be written")
-    blind = [rank for rank, is_seen in enumerate(gather(mark.exists())) if not is_seen]
+    blind = [rank for rank, is_seen in enumerate(processes.gathered(mark.exists())) if not is_seen]
     if sharding.is_lead():
         mark.unlink()
     if blind:
         where = f"process {blind[0]} does not see what process 0 writes in {mark.parent}"
         return Finding(FIX, "shared disk", f"{where}: put --workdir on a file system that all of them share")
     return Finding(OK, "shared disk", f"all processes see {mark.parent}")
-
-
-def gather(value: Any) -> list[Any]:
-    """Return what each process says, in their order; value: anything JSON can hold. All processes have to ask."""
-    import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    if jax.process_count() == 1:
-        return [json.loads(json.dumps(value))]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(len(text)))
-    rows = multihost_utils.process_allgather(np.pad(text, (0, max(sizes) - len(text))))
-    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
 def report(reports: list[list[Finding]], *, is_quiet: bool = False) -> int:

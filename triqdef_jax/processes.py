@@ -7,12 +7,13 @@ when processes start, so that mistakes in flags show early.
 
 import contextlib
 import itertools
+import json
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from absl import flags
 
@@ -181,12 +182,18 @@ def together() -> Iterator[None]:
         raise entry.UserError(f"process {failed[0]} failed here; its own message says why")
 
 
-def gathered(value: bool) -> list[bool]:
-    """Return what each process says, in the order of their numbers; all of them have to ask."""
+def gathered(value: Any) -> list[Any]:
+    """Return what each process says, in the order of their numbers; value: anything JSON can hold. All of them have to ask."""
+    import jax
     import numpy as np
     from jax.experimental import multihost_utils
 
-    return multihost_utils.process_allgather(np.array(value)).tolist()
+    if jax.process_count() == 1:
+        return [json.loads(json.dumps(value))]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(text)))
+    rows = multihost_utils.process_allgather(np.pad(text, (0, max(sizes) - len(text))))
+    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
 def as_lead_says(value: bool) -> bool:
