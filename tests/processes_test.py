@@ -67,8 +67,12 @@ def main(rank, workdir, terminated):
     from triqdef_jax import loop, models
     models.MODELS["tiny"] = t.build_tiny
     loaded = t.make_data()
-    if rank == int(terminated):
-        loaded = t.InterruptedData(loaded, 9, lambda: t.end(signal.SIGTERM))
+    def interrupt():
+        if rank == int(terminated):
+            t.end(signal.SIGTERM)
+        time.sleep(3)  # jax looks for the signal once a second; the rest of so short a run is dispatched within that
+    if int(terminated) >= 0:
+        loaded = t.InterruptedData(loaded, 9, interrupt)
     config = t.make_config(**{"loss.method": "patch_ce", "quant.bits": (32, 4), "bact.starts": (0.25,)})
     run = loop.make_run(config, pathlib.Path(workdir), loaded.num_train)
     step = loop.train(run, loaded, t.make_pool(), is_quiet=True)

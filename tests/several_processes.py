@@ -17,7 +17,7 @@ os.dup2(2, 1)
 
 # Connects, then runs what follows in a `main` that gets its process number and the script's arguments.
 CONNECTED = """
-import json, os, pathlib, signal, sys
+import json, os, pathlib, signal, sys, time
 import jax, numpy as np
 from triqdef_jax import entry, processes, sharding
 with processes.started(processes.complete(processes.Start("on", heartbeat_timeout_s=10))):

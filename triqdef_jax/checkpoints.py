@@ -32,6 +32,17 @@ class _DamagedError(Exception):
     """One checkpoint cannot be read, or is not what was saved."""
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which never asks for preemption.
+
+    Every question moves the one counter from which jax sets the step at which all processes leave. `processes.Preemption` asks once per step;
+    Orbax asks with the numbers of its saves, later and from a thread of its own, and a step set by such a number is never reached.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpointer:
     """Saves, finds, verifies and restores the states of one run.
 
@@ -56,7 +67,7 @@ class Checkpointer:
         self._directory = pathlib.Path(directory).absolute()
         self._keep, self._keep_best = keep, keep_best
         self._scores: dict[int, float] = {}  # of the steps on the disk and the one being written
-        self._manager: ocp.CheckpointManager | None = None
+        self._manager: _Manager | None = None
         self._newest: tuple[int, str] | None = None  # step and digest of what was saved or restored last
         self._place: tuple[int, int] | None = None  # device and inode of the directory, once it was used
 
@@ -197,13 +208,13 @@ class Checkpointer:
     def _steps(self) -> list[int]:
         return sorted(ocp.utils.checkpoint_steps(self._directory)) if self._directory.is_dir() else []
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self) -> _Manager:
         """Returns the manager that writes; opening it removes what an interrupted save has left."""
         if self._manager is None:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._place = _place(self._directory)
             self._scores = retention.read_scores(self._directory, self._steps()) if self._keep_best else {}
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=retention.NewestAndBest(self._keep, self._scores),
