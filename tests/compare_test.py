@@ -107,7 +107,7 @@ def test_programs_are_those_that_a_user_would_start(tmp_path):
     source = example.write_study(tmp_path, fields)
     study = plan.load(source)
     planned = compare.make_tasks(study, source, plan.make_runs(study, source, tmp_path / "study"), tmp_path / "study")
-    assert [task.name for task in planned[:3]] == ["patches", "train triqdef", "train other"] and len(planned) == 9
+    assert [task.name for task in planned[:3]] == ["patches", "train triqdef", "train other"] and len(planned) == 10
     by_name = {task.name: task for task in planned}
     assert by_name["patches"].command[3:] == (
         f"--study={source}",
@@ -121,6 +121,14 @@ def test_programs_are_those_that_a_user_would_start(tmp_path):
     assert by_name["evaluate other"].command[-2:] == ("--preset=quick", "--defenses=median,tv")
     assert by_name["evaluate triqdef"].command[-1] == "--preset=quick"
     assert by_name["evaluate triqdef"].needs == ("train triqdef",) and train.needs == ("patches",)
+    timed = by_name["latency"]
+    assert timed.command[2:] == (
+        "triqdef_jax.benchmark",
+        "--what=defenses",
+        f"--config={tmp_path}/conf.py",
+        "--config.seed=0",
+        f"--out={timed.product}",
+    )
 
 
 def test_shared_patches_are_made_once_per_seed_and_their_failures_keep_their_codes(tmp_path, monkeypatch, capsys):

@@ -265,6 +265,26 @@ def test_a_defended_run_has_a_row_of_its_own_in_every_table(built):
     ]
 
 
+def test_what_defences_cost_stands_beside_the_network_alone(built):
+    assert built[2]["latency"] == {} and not any("Latency" in made.title for made in tables.make(built[2]))
+    spread = lambda median: {"median": median, "min": median / 2, "max": 3 * median}
+    timed = {"none": {"1": spread(2.0), "64": spread(0.5)}, "median": {"1": spread(3.0), "64": spread(4.0)}}
+    found = {"ms_per_image": timed, "rounds": 5, "cores": 2, "defended_bits": 32}
+    made = table_of(built[2] | {"defenses": ["median"], "latency": found}, "Latency")
+    assert made.columns == ("defence at inference", "batch 1", "batch 64")
+    assert [[cell.text for cell in row.cells] for row in made.rows] == [
+        ["2.00 ms, x 1.0", "0.50 ms, x 1.0"],
+        ["3.00 ms, x 1.5", "4.00 ms, x 8.0"],
+    ]
+    assert made.rows[1].cells[1].notes == ("2.00 to 12.00 ms",)
+
+
+def test_the_latency_is_read_where_its_program_ended_well(tmp_path):
+    (tmp_path / numbers.LATENCY_FILE).write_text('{"rounds": 5}')
+    assert numbers._latency({}, tmp_path) == numbers._latency({"latency": Ended(FAILED)}, tmp_path) == {}
+    assert numbers._latency({"latency": Ended(DONE)}, tmp_path) == {"rounds": 5}
+
+
 def test_entries_of_one_row_share_it_each_with_its_own_bits(built):
     record = json.loads(json.dumps(built[2]))
     for run, bits in zip(record["runs"][:2], ("32", "4"), strict=True):

@@ -110,7 +110,7 @@ def make_patches(runs) -> int:
 
 
 def make_tasks(study, source: str, runs, root: pathlib.Path) -> list:
-    """Return the programs of a study: the shared patches, all trainings, then all evaluations."""
+    """Return the programs of a study: the shared patches, all trainings, all evaluations, and what its defences cost."""
     from triqdef_jax import files
     from triqdef_jax.studies import numbers
     from triqdef_jax.studies.tasks import Task
@@ -129,6 +129,11 @@ def make_tasks(study, source: str, runs, root: pathlib.Path) -> list:
         command = program("evaluate", f"--workdirs={run.workdir}", *given)
         identity, product = files.config_hash([hashes[run.name], given]), numbers.evaluation_path(run, study.preset)
         made.append(Task(f"evaluate {run.name}", "evaluate", command, (f"train {run.name}",), identity, product))
+    if study.defenses:
+        product = root / numbers.LATENCY_FILE
+        command = program("benchmark", "--what=defenses", *runs[0].flags, f"--out={product}")
+        identity = files.config_hash([hashes[runs[0].name], command[3]])
+        made.append(Task(numbers.LATENCY_TASK, "latency", command, (), identity, product))
     return made
 
 

@@ -24,6 +24,7 @@ HELD_OUT = "held-out"
 ROBUST = "robust accuracy"
 NOMINAL_STEPS = 10_000  # that stages are laid out on, so that their shares are exact to 0.01 %
 QUERY_ATTACKS = ("patchattack", "sparse_rs")
+LATENCY_TASK, LATENCY_FILE = "latency", "latency.json"  # in the study's directory, of `benchmark --what=defenses`
 
 
 class Evaluated(NamedTuple):
@@ -139,7 +140,13 @@ def build(study: Study, plans: list[RunPlan], ended: dict[str, Ended], root: str
     order = [entry.name for entry in study.entries]
     places = {plan.name: (study.seeds.index(plan.seed), order.index(plan.entry.name)) for plan in plans}
     rows.sort(key=lambda row: places[row["name"]])
-    return files.plain(_describe(study, plans[0].config, root) | {"runs": rows})
+    return files.plain(_describe(study, plans[0].config, root) | {"runs": rows, "latency": _latency(ended, root)})
+
+
+def _latency(ended, root):
+    """Return what the program that times the study's defences has found; {} where it failed, or where there are none."""
+    end = ended.get(LATENCY_TASK)
+    return read(pathlib.Path(root) / LATENCY_FILE) if end and end.status == DONE else {}
 
 
 def _row(plan, study, ended):

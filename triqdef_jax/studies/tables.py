@@ -5,6 +5,7 @@ Printed figures stand in rows of their own, under a heading that says whose they
 
 from collections.abc import Callable
 
+from triqdef_jax import latency
 from triqdef_jax.report import wording
 from triqdef_jax.report.table import Cell, Row, Table
 from triqdef_jax.studies import numbers, published
@@ -35,6 +36,7 @@ def make(record: dict) -> list[Table]:
         ablation(record),
         paired(record),
         *(paired_counts(record, words, cell_of) for words, cell_of in PAIRED.items()),
+        inference_cost(record),
         budget(record),
     ]
     label = f"{record['label']}. " if record["label"] else ""
@@ -171,6 +173,26 @@ def paired_counts(record: dict, words: str, cell_of: Callable[[str], str]) -> Ta
             rows.append(Row(run["name"], tuple(_pair(pair) for pair in found)))
     title = f"Images right under the method alone : under {record['baseline']} alone, {words}"
     return Table(title, ("run", *_bits(record)), tuple(rows), "McNemar, p adjusted by Holm as above.")
+
+
+def inference_cost(record: dict) -> Table:
+    """Return the time per image behind each defence beside that of the network alone."""
+    timed = record["latency"]
+    if not timed:
+        return Table("", (), (), "")
+    bare, rows = timed["ms_per_image"][latency.BARE], []
+    for name in (latency.BARE, *record["defenses"]):
+        cells = []
+        for size, ms in timed["ms_per_image"][name].items():
+            words = f"{ms['median']:.2f} ms, x {ms['median'] / bare[size]['median']:.1f}"
+            cells.append(Cell(words, (f"{ms['min']:.2f} to {ms['max']:.2f} ms",)))
+        rows.append(Row("none, as triqdef" if name == latency.BARE else name, tuple(cells)))
+    note = (
+        f"Per image: median of {timed['rounds']} rounds by the clock, multiple of the network alone, range. Methods of training, triqdef too, leave "
+        f"the network alone to compute. An untrained one of this shape, {timed['defended_bits']} bits, fake-quant forward, {timed['cores']} cores."
+    )
+    columns = ("defence at inference", *(f"batch {size}" for size in bare))
+    return Table("Latency at inference", columns, tuple(rows), note)
 
 
 def budget(record: dict) -> Table:
