@@ -97,9 +97,7 @@ def test_functions_without_a_static_argument_are_jitted_and_nothing_else(compile
     assert not [t for t in threading.enumerate() if t.name.startswith("compile_ahead")]
 
 
-def test_a_run_compiles_its_later_stages_in_the_thread_and_ends_as_without_it(
-    tiny_config, stem_network, tmp_path, monkeypatch
-):
+def test_a_run_compiles_its_later_stages_in_the_thread_and_ends_as_without_it(tiny_config, tmp_path, monkeypatch):
     changes = {"model.name": "stem", "train.plan": "fused", "data.train_images": 64, "train.batch_size": 16}
     states, threads, run_step = [], [], train_step.run_step
     for is_ahead in (False, True):

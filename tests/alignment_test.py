@@ -49,7 +49,7 @@ def test_a_network_aligns_perfectly_with_itself_and_less_with_another_bit_width(
     _, (full, four), images, labels = tiny
     found = alignment.measure([full, full], images, labels, batch_size=4)
     other = alignment.measure([full, four], images, labels, batch_size=4)
-    assert set(found.values) == {"stem", "stage1", "stage2", "stage3", INPUT_GRADIENT}
+    assert set(found.values) == {"stem", "stage1", INPUT_GRADIENT}
     for name, measures in found.values.items():
         for measure in set(measures) - {"soft_dice", "edge_iou"}:
             np.testing.assert_allclose(measures[measure].value, 1.0, rtol=1e-5, err_msg=f"{name} {measure}")
@@ -129,8 +129,7 @@ def test_a_record_holds_every_pair_map_and_measure_and_reads_back(record, tmp_pa
         assert (row["a"], row["b"], row["kind"], row["network"]) == ("32", "4", "fp-b", "shared")
         assert row["low"] <= row["value"] <= row["high"] and row["value"] <= 1.0 + 1e-6
         found[row["images"], row["map"]] += 1
-    assert len(found) == 2 * 5
-    assert found["clean", "stage3"] == 4 and found["clean", "stage2"] == 6  # maps of 2 px hold no block of a histogram
+    assert len(found) == 2 * 3 and set(found.values()) == {len(similarity.MEASURES)}
     assert record["prediction"] == [] and record["transfer"] == []
 
 

@@ -9,7 +9,7 @@ from benchmark_example import tiny
 from triqdef_jax import attack_cost
 
 
-def test_the_attack_is_compared_with_forward_and_backward_to_as_many_images(smallest_network):
+def test_the_attack_is_compared_with_forward_and_backward_to_as_many_images():
     jax.config.update("jax_disable_most_optimizations", True)
     config = tiny("qat")
     config.model.name, config.loss.feature_layers = "tiny", ()

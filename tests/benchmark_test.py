@@ -110,7 +110,7 @@ def test_the_latency_of_every_defence_stands_beside_the_bare_network(monkeypatch
     assert [line.split()[0] for line in lines[2:]] == ["none", *quick]
 
 
-def test_exported_files_stand_beside_the_float_network(smallest_network):
+def test_exported_files_stand_beside_the_float_network():
     config = tiny("qat")
     config.model.name, config.model.width, config.data.image_size_px = "tiny", 4, 8
     config.quant.bits = (32, 8, 2)

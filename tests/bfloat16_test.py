@@ -27,7 +27,7 @@ def make_data():
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_config, smallest_network, tmp_path_factory):
+def finished(tiny_config, tmp_path_factory):
     """(run, data) of a finished run of the full method: 64 steps, 4 bits join at 32."""
     fields = {"model.name": "tiny", "model.dtype": "bfloat16", "loss.method": "triqdef", "patches.sizes_px": (2,)}
     config = tiny_config(

@@ -131,7 +131,7 @@ def every_operation(pool):
 
 
 @pytest.mark.parametrize("bits", [8, 5, 4, 2])
-def test_a_network_in_c_equals_its_carrier_bit_for_bit(bits, smallest_network, tmp_path):
+def test_a_network_in_c_equals_its_carrier_bit_for_bit(bits, tmp_path):
     network = MultiBitNetwork(make_model("tiny", num_classes=10, width=4, options=LayerOptions()), (8, 5, 4, 2))
     model, pixels = lower(network, make_variables(network, bits), bits), random_pixels()
     program = build(c_source.c_files(model, "model"), tmp_path, *STRICT, "-O2")

@@ -9,34 +9,18 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # no test may pass or fail
 
 import jax
 import pytest
+import small_networks
 
 from triqdef_jax import config as config_lib
-from triqdef_jax import data, loop, models, runs
-from triqdef_jax.models.resnet import ResNet, ResNetPlan
+from triqdef_jax import data, loop, runs
+
+small_networks.register()
 
 
 @pytest.fixture
 def x64():
     """Give a test float64, in which two right implementations agree to 1e-10 and a rounding code never flips between them."""
     with jax.enable_x64(True):
-        yield
-
-
-@pytest.fixture(scope="module")
-def smallest_network():
-    """A network of one block under the name 'tiny', which compiles in a third of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        build = lambda name, *, num_classes, width, options: ResNet(ResNetPlan((1,), width), num_classes, options)
-        patch.setitem(models.MODELS, "tiny", build)
-        yield
-
-
-@pytest.fixture(scope="module")
-def stem_network():
-    """A network of one convolution, its norm and a classifier under the name 'stem', for tests of what surrounds the network."""
-    with pytest.MonkeyPatch.context() as patch:
-        build = lambda name, *, num_classes, width, options: ResNet(ResNetPlan((), width), num_classes, options)
-        patch.setitem(models.MODELS, "stem", build)
         yield
 
 
@@ -49,6 +33,7 @@ def tiny_config():
         fields = {
             "data.image_size_px": 8,
             "data.train_images": 256,
+            "model.name": "tiny",
             "model.width": 4,
             "quant.bits": (32, 4),
             "bact.starts": (0.5,),

@@ -68,7 +68,7 @@ def test_without_imagenet_stand_ins_are_made_named_and_removed(tmp_path, monkeyp
     assert not list(tmp_path.glob("stand-ins-*"))
 
 
-def test_batches_of_a_set_in_memory_stand_beside_a_training_step(smallest_network):
+def test_batches_of_a_set_in_memory_stand_beside_a_training_step():
     config = tiny("qat")
     config.model.name, config.data.image_size_px, config.loss.feature_layers = "tiny", 8, ()
     config.quant.bits, config.bact.starts, config.train.batch_size = (8,), (), 64

@@ -190,7 +190,7 @@ def small_run(workdir):
     return loop.make_run(example.make_config(**fields), workdir, 32)
 
 
-def test_a_run_outlives_every_fault_of_its_disk_and_ends_bit_identical(smallest_network, tmp_path, capsys):
+def test_a_run_outlives_every_fault_of_its_disk_and_ends_bit_identical(tmp_path, capsys):
     data, whole, run = example.make_data(), small_run(tmp_path / "whole"), small_run(tmp_path / "run")
     assert loop.train(whole, data, None, is_quiet=True) == run.num_steps
     faults = [
@@ -218,8 +218,7 @@ def test_a_run_outlives_every_fault_of_its_disk_and_ends_bit_identical(smallest_
 OTHER_DEVICES = """
 import dataclasses, json, pathlib, shutil, sys
 import training_example as example
-from triqdef_jax import loop, models, sharding
-models.MODELS["tiny"] = example.build_tiny
+from triqdef_jax import loop, sharding
 folder, data = pathlib.Path(sys.argv[1]), example.make_data()
 fields = {"loss.method": "qat", "quant.bits": (32,), "bact.starts": (), "train.epochs": 2, "train.plan": "fused"}
 fields |= {"train.checkpoint_every_steps": 4, "train.log_every_steps": 1, "train.keep_best": False}
@@ -236,7 +235,7 @@ print(json.dumps(losses))
 """
 
 
-def test_what_eight_devices_saved_goes_on_with_one_two_or_four_and_is_read_without_any(smallest_network, tmp_path):
+def test_what_eight_devices_saved_goes_on_with_one_two_or_four_and_is_read_without_any(tmp_path):
     ((code, out, error),) = run_processes(OTHER_DEVICES, tmp_path, num=1, num_devices=8)
     assert code == 0, error
     losses = json.loads(out)

@@ -105,7 +105,7 @@ class Begun:
 
 
 @pytest.fixture
-def train(trap, tiny_config, stem_network, tmp_path, monkeypatch):
+def train(trap, tiny_config, tmp_path, monkeypatch):
     """A function that trains six steps of two stages, each step's dispatch and bookkeeping under the trap, but not compilation or logging."""
 
     def run(plan, method, disturb=lambda metrics: None):

@@ -15,14 +15,7 @@ import pytest
 import training_example as example
 from training_example import STAGES, make_config, make_data, make_pool
 
-from triqdef_jax import checkpoints, loop, models
-
-
-@pytest.fixture(scope="module", autouse=True)
-def smallest_network():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "tiny", example.build_tiny)
-        yield
+from triqdef_jax import checkpoints, loop
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from triqdef_jax import checkpoints, loop, metric_window, models
+from triqdef_jax import checkpoints, loop, metric_window
 from triqdef_jax import config as config_lib
 from triqdef_jax.data.splits import Split
 from triqdef_jax.models.multibit import Weights
-from triqdef_jax.models.resnet import ResNet, ResNetPlan
 from triqdef_jax.objectives import orthogonality
 from triqdef_jax.objectives.methods import METHODS, Inputs
 from triqdef_jax.objectives.penalties import INPUT_GRADIENT
@@ -31,11 +30,9 @@ RUNS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def stem_network():
-    """A convolution, its norm and a classifier: one step compiles in a second. Steps of equal settings are compiled once."""
-    build = lambda name, *, num_classes, width, options: ResNet(ResNetPlan((), width), num_classes, options)
+def steps_compiled_once():
+    """Steps of equal settings are compiled once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "stem", build)
         shared = functools.cache(loop.make_step)
         patch.setattr(loop, "make_step", lambda settings, *, compile_piece=None, **place: shared(settings, **place))
         yield

@@ -71,12 +71,12 @@ def test_pictures_of_patched_images_change_with_the_patch(trained, pool, drawn):
     other = pool._replace(values=1.0 - pool.values)
     networks = [probes.one_bit(run, b) for b in (32, 4)]
     patched = probes.patched(other.split()[1], images, run.config)
-    cam = pictures.cam_sheet(networks, patched, labels, layer="stage3", image_set="patched").image
+    cam = pictures.cam_sheet(networks, patched, labels, layer="stage1", image_set="patched").image
     maps = pictures.map_sheets(networks, patched, labels, layers=("stage1",))[0].image
     assert cam.shape == drawn[3].image.shape and (cam != drawn[3].image).any()
     assert maps.shape == drawn[4].image.shape and (maps != drawn[4].image).any()
     again = probes.patched(pool.split()[1], images, run.config)
-    same = pictures.cam_sheet(networks, again, labels, layer="stage3", image_set="patched").image
+    same = pictures.cam_sheet(networks, again, labels, layer="stage1", image_set="patched").image
     np.testing.assert_array_equal(same, drawn[3].image)
 
 
@@ -93,7 +93,7 @@ def test_a_map_tile_is_the_map_of_its_bit_width(trained, pool):
 
 
 def test_an_unknown_layer_or_no_image_is_refused(trained, pool):
-    with pytest.raises(ValueError, match="layer of stem, stage1, stage2, stage3 and 1 image or more, got 'stage9'"):
+    with pytest.raises(ValueError, match="layer of stem, stage1 and 1 image or more, got 'stage9'"):
         pictures.draw(*trained, pool, num_images=1, layer="stage9")
     with pytest.raises(ValueError, match="got '' and 0"):
         pictures.draw(*trained, pool, num_images=0)

@@ -64,8 +64,7 @@ def main(rank, number):
 TRAINING = """
 def main(rank, workdir, terminated):
     import training_example as t
-    from triqdef_jax import loop, models
-    models.MODELS["tiny"] = t.build_tiny
+    from triqdef_jax import loop
     loaded = t.make_data()
     def interrupt():
         if rank == int(terminated):

@@ -102,9 +102,11 @@ def test_a_checkpoint_is_found_by_name_or_step_and_its_results_lie_apart(tiny_ru
 
 def test_a_checkpoint_of_one_process_is_read_by_another(tiny_run):
     script = (
-        "import sys, numpy as np; from triqdef_jax import runs; "
+        "import sys, numpy as np, small_networks; from triqdef_jax import runs; small_networks.register(); "
         "t = runs.load_trained(sys.argv[1]); print(float(t.logits_fn(32)(np.zeros((1, 8, 8, 3), np.float32)).sum()))"
     )
-    out = subprocess.run([sys.executable, "-c", script, str(tiny_run[0])], capture_output=True, text=True, check=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script, str(tiny_run[0])]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     mine = float(runs.load_trained(tiny_run[0]).logits_fn(32)(np.zeros((1, 8, 8, 3), np.float32)).sum())
     assert float(out.stdout) == mine

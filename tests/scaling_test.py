@@ -18,9 +18,9 @@ MEASURE = """
 import json, sys
 sys.path.insert(0, "configs")
 import imagenet
-from triqdef_jax import config as config_lib, loop, models, scaling
-from triqdef_jax.models.resnet import ResNet, ResNetPlan
-models.MODELS["tiny"] = lambda name, *, num_classes, width, options: ResNet(ResNetPlan((1,), width), num_classes, options)
+import small_networks
+from triqdef_jax import config as config_lib, loop, scaling
+small_networks.register()
 pod = imagenet.get_config("pod")
 pod.quant.bits, pod.bact.starts = (2,), ()
 scaling.use_virtual_devices(8)

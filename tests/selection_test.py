@@ -8,19 +8,17 @@ import numpy as np
 import pytest
 import training_example as example
 
-from triqdef_jax import loop, models, selection
+from triqdef_jax import loop, selection
 from triqdef_jax.objectives.methods import Pool
 
 
 @pytest.fixture(scope="module")
 def subject():
     """(run, state, data) of an untrained network whose accuracy differs between bit-widths."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "tiny", example.build_tiny)
-        run = loop.make_run(example.make_config(), "unused", 32)
-        state = loop.init_state(run)
-        weights = state.weights._replace(scales=jax.tree.map(lambda x: 0.2 * x, state.weights.scales))
-        yield run, state._replace(weights=weights), example.make_data()
+    run = loop.make_run(example.make_config(), "unused", 32)
+    state = loop.init_state(run)
+    weights = state.weights._replace(scales=jax.tree.map(lambda x: 0.2 * x, state.weights.scales))
+    return run, state._replace(weights=weights), example.make_data()
 
 
 def judge(subject, pool, **changes):

@@ -34,9 +34,6 @@ FIELDS = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("smallest_network")
-
-
 def make_config(shared_dir="nowhere", **changes):
     config = config_lib.default()
     config.update_from_flattened_dict(FIELDS | {"model.name": "tiny", "patches.shared_dir": str(shared_dir)} | changes)

@@ -9,8 +9,6 @@ import pytest
 from triqdef_jax import config as config_lib
 from triqdef_jax import data, loop, sources
 
-pytestmark = pytest.mark.usefixtures("smallest_network")
-
 
 def make_config(shared_dir="nowhere", **changes):
     config = config_lib.default()

@@ -16,8 +16,6 @@ from triqdef_jax.models.vit import DeiT, DeiTPlan
 from triqdef_jax.patch_pool import PatchPool
 from triqdef_jax.surrogates import SwitchedNetwork
 
-pytestmark = pytest.mark.usefixtures("smallest_network")
-
 
 def make_config(shared_dir="nowhere", **changes):
     config = config_lib.default()

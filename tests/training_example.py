@@ -15,13 +15,15 @@ import signal
 import sys
 
 import numpy as np
+import small_networks
 
-from triqdef_jax import checkpoints, loop, models, processes, writer
+from triqdef_jax import checkpoints, loop, processes, writer
 from triqdef_jax import config as config_lib
 from triqdef_jax.data.memory import ImageData
 from triqdef_jax.data.splits import Split
-from triqdef_jax.models.resnet import ResNet, ResNetPlan
 from triqdef_jax.patch_pool import PatchPool
+
+small_networks.register()  # a script has no conftest.py
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BITS = (32, 4, 2)
@@ -49,11 +51,6 @@ def make_config(**changes):
         | changes
     )
     return config
-
-
-def build_tiny(name, *, num_classes, width, options):
-    """A network of one block, which compiles in a third of the time."""
-    return ResNet(ResNetPlan((1,), width), num_classes, options)
 
 
 def make_data():
@@ -167,7 +164,6 @@ EVENTS = (*INTERRUPTS, "kill while saving stage", "terminate while logging step"
 
 def train_as_a_script(workdir, event, at):
     """Train to the end or to the event; prints how often each program was compiled, exits like `train`."""
-    models.MODELS["tiny"] = build_tiny
     compiled = count_compilations()
     loop.Checkpointer = ToldCheckpointer
     if event == "kill while saving stage":
