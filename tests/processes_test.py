@@ -72,9 +72,9 @@ def main(rank, workdir, terminated):
         time.sleep(3)  # jax looks for the signal once a second; the rest of so short a run is dispatched within that
     if int(terminated) >= 0:
         loaded = t.InterruptedData(loaded, 9, interrupt)
-    config = t.make_config(**{"loss.method": "patch_ce", "quant.bits": (32, 4), "bact.starts": (0.25,)})
+    config = t.make_config(**{"loss.method": "qat", "model.name": "stem", "quant.bits": (32, 4), "bact.starts": (0.25,)})
     run = loop.make_run(config, pathlib.Path(workdir), loaded.num_train)
-    step = loop.train(run, loaded, t.make_pool(), is_quiet=True)
+    step = loop.train(run, loaded, None, is_quiet=True)
     print(json.dumps(step))
     return 0 if step == run.num_steps else entry.EXIT_PREEMPTED
 """
