@@ -112,8 +112,8 @@ class _Counted(Records):
 
     tally: str
 
-    def __getitem__(self, index):
-        example = super().__getitem__(index)
+    def decoded(self, record):
+        example = super().decoded(record)
         os.write(_descriptor(self.tally), b".")
         return example
 

@@ -38,15 +38,24 @@ class Records:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return {'image': uint8 [H, W, 3], 'label': int32, 'id': int64}; raise RecordError where the disk or the image fails."""
+        """Return {'image': uint8 [H, W, 3], 'label': int32, 'id': int64}; raises as `encoded` and `decoded`."""
+        return self.decoded(self.encoded(index))
+
+    def encoded(self, index: int) -> dict[str, Any]:
+        """Return {'image': bytes, 'label': int32, 'id': int64}; raise RecordError where the disk fails."""
         row = self.rows[index]
         try:
             record = self.source[int(row)]
-            return {"image": images.decode(record["image"]), "label": np.int32(record["label"]), "id": row}
         except RuntimeError as error:  # array_record's word for a missing file and for bytes that miss their checksum
             raise RecordError(f"record {row} cannot be read ({error}); prepare the data anew") from error
+        return {"image": record["image"], "label": np.int32(record["label"]), "id": row}
+
+    def decoded(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Return what `encoded` returned with the image as uint8 [H, W, 3]; raise RecordError where it is none."""
+        try:
+            return record | {"image": images.decode(record["image"])}
         except ValueError as error:
-            raise RecordError(f"record {row}: {error}") from error
+            raise RecordError(f"record {record['id']}: {error}") from error
 
 
 def centre_split(records: Records, size_px: int) -> Split:
@@ -176,14 +185,13 @@ def _place(position: int, row: int) -> np.ndarray:
 
 def _train_batch(records: Records, seed: int, size_px: int, places: np.ndarray) -> dict[str, np.ndarray]:
     """Decode and crop the examples of `places`, int64 [B, 2] of (position in the endless stream, row of `records`)."""
+    # One kind of work at a time: decoding empties the processor's caches, and between two images all else would take 0.3 ms instead of 0.1.
+    rngs = [np.random.Generator(np.random.Philox(key=[seed, position])) for position, _ in places]
+    read = [records.encoded(row) for _, row in places]
     pixels = np.empty((len(places), size_px, size_px, 3), np.uint8)
-    labels = np.empty(len(places), np.int32)
-    for slot, (position, row) in enumerate(places):
-        rng = np.random.Generator(np.random.Philox(key=[seed, position]))
-        record = records[row]
-        pixels[slot] = images.random_resized_crop(rng, record["image"], size_px)
-        labels[slot] = record["label"]
-    return {"images": pixels, "labels": labels}
+    for slot, (rng, record) in enumerate(zip(rngs, read, strict=True)):
+        pixels[slot] = images.random_resized_crop(rng, records.decoded(record)["image"], size_px)
+    return {"images": pixels, "labels": np.array([record["label"] for record in read])}
 
 
 def _eval_example(records: Records, index: int, *, size_px: int) -> dict[str, np.ndarray]:
