@@ -75,14 +75,13 @@ def test_a_defended_row_predicts_the_filtered_image_in_floats_and_in_integers(sh
 def test_a_random_row_repeats_by_image_and_draws_anew_for_queries(shared):
     run, loaded = shared
     images = loaded.test.images[:8]
-    row = targets.make(run, loaded, "diffpure:4")
+    row = targets.make(run, loaded, "diffpure:32")  # at 4 bits the codes of a small network may outlive other noise
     assert row.is_random and isinstance(defenses.get("diffpure").make_settings(8, 3), diffpure.DiffpureSettings)
     first = np.asarray(row.query(images))
     np.testing.assert_array_equal(first, row.query(images))
     # Batches of another size are another program.
     np.testing.assert_allclose(first[:4], row.query(images[:4]), rtol=1e-3, atol=1e-3)
-    changed = np.abs(first - row.ask(images)).max(axis=1) > 1e-3
-    assert changed.mean() > 0.5  # at 4 bits the codes of an image may outlive other noise
+    assert (np.abs(first - row.ask(images)).max(axis=1) > 1e-3).all()
     assert jax.eval_shape(row.logits_fn, jax.random.key(0), jnp.zeros((8, 8, 8, 3))).shape == (8, 10)
 
 
