@@ -241,6 +241,7 @@ class Checkpointer:
             is_gone = self._place not in (None, _place(self._directory))
             reason = "the directory has vanished or was replaced" if is_gone else orbax_failures.cause(error)
             self._newest = None
+            orbax_failures.release()
             self._drop_manager()
             raise CheckpointError(
                 f"cannot write checkpoints to {self._directory}: {reason}; intact steps: "

@@ -5,7 +5,11 @@ import logging
 import os
 import re
 import sys
+import threading
+import warnings
 from typing import Any
+
+from orbax.checkpoint._src.futures import future
 
 
 def cause(error: BaseException) -> str:
@@ -30,6 +34,7 @@ def quiet() -> None:
     """
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     logging.getLogger("asyncio").addFilter(lambda record: "OCDBT" not in record.getMessage())
+    warnings.filterwarnings("ignore", r"coroutine '(\w+Handler\.\w+|_create_paths)' was never awaited")
     previous = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
@@ -39,3 +44,15 @@ def quiet() -> None:
             previous(unraisable)
 
     sys.unraisablehook = hook
+
+
+def release() -> None:
+    """Ends the threads of a failed save that still wait for a directory which nobody will make.
+
+    Orbax leaves them waiting for five minutes, and the program does not end before they do. The signal that lets them go
+    reaches those of other processes too; what they then cannot write fails there. One save at a time is assumed.
+    """
+    for thread in threading.enumerate():
+        if isinstance(thread, future._SignalingThread):
+            thread.cancel()
+            future.set_signals(thread._receive_signals, operation_id=thread._operation_id)
