@@ -15,12 +15,14 @@ sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)
 """
 
-# Connects, then runs what follows in a `main` that gets its process number and the script's arguments.
+# Connects, then runs a `main` that gets its process number and the script's arguments
+# $HEARTBEAT_TIMEOUT_S: how long a silent process counts as alive.
 CONNECTED = """
 import json, os, pathlib, signal, sys, time
 import jax, numpy as np
 from triqdef_jax import entry, processes, sharding
-with processes.started(processes.complete(processes.Start("on", heartbeat_timeout_s=10))):
+heartbeat_timeout_s = int(os.environ.get("HEARTBEAT_TIMEOUT_S", "10"))
+with processes.started(processes.complete(processes.Start("on", heartbeat_timeout_s=heartbeat_timeout_s))):
     sys.exit(main(jax.process_index(), *sys.argv[1:]))
 """
 

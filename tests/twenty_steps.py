@@ -1,0 +1,44 @@
+"""Twenty steps of the smallest network on one batch, for the test that compares devices and processes.
+
+The network has every kind of sum that devices share: moments of a norm, losses, gradients, means of descriptors.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import train_step_test as example
+
+from triqdef_jax import sharding, train_step
+
+BITS = (8, 2)
+
+
+def run_twice(method, dtype, mesh, *, num_images=16):
+    """Return the losses of two runs from the same arrays, which are the same on any mesh; each process brings its share of the images."""
+    with jax.enable_x64(dtype == "float64"):
+        network = example.make_network(dtype, BITS, blocks=())
+        settings = example.make_settings(network, method, feature_layers=("stem",))
+        weights, stats = jax.tree.map(lambda x: np.asarray(x, dtype), _arrays())
+        slots, specs = [network.slot(b) for b in BITS], [example.make_spec(network, b, dtype) for b in BITS]
+        rank, num = jax.process_index(), jax.process_count()
+        share = lambda x: x[rank * len(x) // num : (rank + 1) * len(x) // num]
+        batch = jax.tree.map(share, jax.device_get(example.make_inputs(dtype=dtype, num=num_images)))
+        batch = sharding.put_batch(batch, mesh)
+        step = train_step.make_step(settings, plan="fused", mesh=mesh)
+        runs = []
+        for _ in range(2):
+            state = train_step.TrainState(np.int32(0), weights, stats, settings.optimizer.init(weights))
+            state, losses = sharding.replicate(state, mesh), []
+            for _ in range(20):
+                state, metrics = step(state, batch, BITS, slots, specs, np.float32(1))
+                losses.append(metrics["loss"])
+            assert len(losses[-1].sharding.device_set) == mesh.size
+            runs.append([float(loss) for loss in losses])
+        return runs
+
+
+@functools.cache
+def _arrays():
+    with jax.enable_x64(False):
+        return jax.device_get(example.make_arrays(example.make_network("float32", BITS, blocks=())))
