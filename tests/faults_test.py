@@ -217,7 +217,10 @@ def test_a_run_outlives_every_fault_of_its_disk_and_ends_bit_identical(tmp_path,
             faulty = example.InterruptedData(
                 data, step, lambda broken=broken, fault=fault: broken.enter_context(fault())
             )
-            assert entry._run_main(lambda _, faulty=faulty: train._train(run, faulty, range(0)), []) in (1, 2)
+            assert (
+                entry._run_main(lambda _, faulty=faulty: train._train(run, faulty, range(0)), [])
+                == entry.EXIT_USER_ERROR
+            )
         (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("step ")]
         assert line.startswith("error: ") and re.search(said, line), line
     assert loop.train(run, data, None, is_quiet=True) == run.num_steps

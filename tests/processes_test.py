@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 
 import numpy as np
@@ -41,6 +42,22 @@ def main(rank, number):
     if rank == 1:
         raise OSError(int(number), os.strerror(int(number)), "/full/disk") if int(number) else RuntimeError("a bug of ours")
     processes.gathered(True)
+"""
+
+ONE_DISK_FAILS = """
+def main(rank, folder, failing):
+    import contextlib, faults_test
+    from triqdef_jax import checkpoints
+    state = sharding.replicate({"w": np.ones((100, 200), np.float32)}, sharding.data_mesh())
+    saver = checkpoints.Checkpointer(folder)
+    saver.save(1, state, {})
+    saver.wait()
+    try:
+        with faults_test.largest_file(None, 100) if rank == int(failing) else contextlib.nullcontext():
+            saver.save(2, state, {})
+            saver.wait()
+    except checkpoints.CheckpointError as error:
+        raise entry.LocalError(str(error)) from error  # as the train program does
 """
 
 TRAINING = """
@@ -101,6 +118,17 @@ def test_a_process_that_dies_ends_the_others_with_a_line_that_says_so(number, co
     assert other[0] == code and said in other[2] and ("Traceback" in other[2]) == (code == entry.EXIT_FAILED)
     assert lead[0] == -signal.SIGABRT
     assert "another task died" in lead[2] and "unhealthy (stopped sending heartbeats):\n1\n" in lead[2]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_disk_that_fails_one_process_ends_all_at_once_and_leaves_the_checkpoint_before(tmp_path, failing):
+    ended = run_processes(ONE_DISK_FAILS + CONNECTED, tmp_path, failing, HEARTBEAT_TIMEOUT_S="3")
+    code, _, said = ended[failing]
+    assert code == entry.EXIT_USER_ERROR and ended[1 - failing][0], said
+    assert re.search(
+        r"^error: cannot write checkpoints to .*: File too large; intact steps: \[1\]; make room", said, re.M
+    )
+    assert [path.name for path in tmp_path.iterdir() if path.name.isdecimal()] == ["1"]
 
 
 def test_sigterm_to_any_process_stops_all_after_the_same_step_and_the_run_goes_on_from_there(tmp_path):

@@ -220,6 +220,7 @@ class Checkpointer:
                     preservation_policy=retention.NewestAndBest(self._keep, self._scores),
                     cleanup_tmp_directories=True,
                     enable_async_checkpointing=True,
+                    async_options=ocp.AsyncOptions(barrier_sync_fn=orbax_failures.barrier),
                 ),
             )
         return self._manager

@@ -35,6 +35,10 @@ class UserError(ValueError):
     """Something the user did or has to repair; the message is one line that says what to do."""
 
 
+class LocalError(UserError):
+    """The same, met by one of several processes, such as a disk that fails it; the others go on until they miss this one."""
+
+
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
     """Turns the bad-input errors of the block into `UserError`.

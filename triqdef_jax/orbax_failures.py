@@ -9,6 +9,7 @@ import threading
 import warnings
 from typing import Any
 
+import orbax.checkpoint as ocp
 from orbax.checkpoint._src.futures import future
 
 
@@ -56,3 +57,15 @@ def release() -> None:
         if isinstance(thread, future._SignalingThread):
             thread.cancel()
             future.set_signals(thread._receive_signals, operation_id=thread._operation_id)
+
+
+def barrier(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier between processes, where one whose save has failed raises instead of waiting.
+
+    It would wait twenty minutes for others, which know of no failure and wait for its part of the save. Raised, it ends this
+    process, and that ends the others.
+    """
+    failure = sys.exception()
+    if failure is not None:
+        raise failure
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)

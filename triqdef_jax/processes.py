@@ -121,10 +121,11 @@ def started(start: Start) -> Iterator[None]:
                 "--distributed=on and the same --coordinator_address and --num_processes"
             )
         yield
-    except (SystemExit, entry.UserError):
+    except SystemExit:
         raise
     except Exception as error:
-        if jax.process_count() == 1:
+        is_shared = isinstance(error, entry.UserError) and not isinstance(error, entry.LocalError)
+        if is_shared or jax.process_count() == 1:
             raise
         code = entry.told(error)
         if code is None:

@@ -1,7 +1,7 @@
 """Train a run: `python -m triqdef_jax.train --config=configs/digits.py [--workdir=DIR] [--config.a.b=value] [--profile_steps=a:b]`.
 
-The same command again resumes where the run stopped; a finished run says so. Exit codes: 0 done, 1 failed, 2 bad input, 42 preempted after
-saving (start the same command again). `--profile_steps` writes a trace of steps a to b to <workdir>/profile (docs/accelerators.md).
+The same command again resumes where the run stopped; a finished run says so. Exit codes: 0 done, 1 failed, 2 bad input or disk, 42
+preempted after saving (start the same command again). `--profile_steps` writes a trace of steps a to b to <workdir>/profile (docs/accelerators.md).
 """
 
 import contextlib
@@ -50,11 +50,11 @@ def _train(run, loaded, profile_steps):
             with entry.user_errors():
                 pool = sources.train_pool(run.config, loaded).split()[0]
         step = loop.train(run, loaded, pool, profile_steps=profile_steps)
-    except (loop.NonFiniteLossError, CheckpointError) as error:
+    except loop.NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         return entry.EXIT_FAILED
-    except data.RecordError as error:
-        raise entry.UserError(str(error)) from error
+    except (CheckpointError, data.RecordError) as error:
+        raise entry.LocalError(str(error)) from error
     except loop.PreemptedError as error:
         processes.say(str(error), file=sys.stderr)
         return entry.EXIT_PREEMPTED
