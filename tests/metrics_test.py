@@ -124,7 +124,14 @@ def test_bootstrap_repeats_itself_and_survives_empty_counts():
     assert np.isnan(metrics.cluster_bootstrap(np.zeros((2, 3)), np.zeros((2, 3)), seed=0)).all()
     single = np.zeros((2, 3))
     single[0, 0] = 1.0  # most resamples miss the only pair that counts
-    assert metrics.cluster_bootstrap(single, single, seed=0) == (1.0, 1.0, 1.0)
+    assert metrics.cluster_bootstrap(single, single, seed=0) == metrics.wilson(1, 1)
+
+
+def test_where_resamples_cannot_differ_the_interval_is_that_of_the_images_alone():
+    den = np.ones((10, 4))
+    den[:, 3] = 0  # the fourth image counts under no patch
+    for num, expected in ((np.zeros_like(den), metrics.wilson(0, 3)), (den, metrics.wilson(3, 3))):
+        assert metrics.cluster_bootstrap(num, den, seed=0) == expected
 
 
 def test_mcnemar_is_the_exact_binomial_test():

@@ -127,7 +127,8 @@ def cluster_bootstrap(num, den, *, seed: int, num_resamples: int = 2000, level: 
 
     Each resample draws P patches and, independently, N images with replacement and keeps every pair of the two, so
     that neither 1,000 images under one lucky patch nor ten patches on one easy image count as independent trials. Rows
-    may be seeds instead of patches.
+    may be seeds instead of patches. Where every pair is a success, or none is, resamples cannot differ: there the interval
+    is Wilson's, with the images that count under any patch as trials.
 
     Args:
       num: [..., P, N], 1 where the pair counts as a success (only where `den` is 1), else 0. Leading axes hold several
@@ -160,8 +161,13 @@ def cluster_bootstrap(num, den, *, seed: int, num_resamples: int = 2000, level: 
     if is_counted.any():
         tail = (1.0 - level) / 2
         ends[:, is_counted] = np.nanquantile(rates[:, is_counted], [tail, 1.0 - tail], axis=0)
-    low, high = ends.reshape(2, *num.shape[:-2])
-    return Interval(Count(num.sum(axis=(-2, -1)), den.sum(axis=(-2, -1))).rate, low[()], high[()])
+    total = Count(num.sum(axis=(-2, -1)).reshape(-1), den.sum(axis=(-2, -1)).reshape(-1))
+    num_images = den.any(axis=-2).sum(axis=-1).reshape(-1)
+    for place in np.flatnonzero((total.num == 0) | (total.num == total.den)):
+        is_success = total.num[place] > 0
+        ends[:, place] = wilson(is_success * num_images[place], num_images[place], level=level)[1:]
+    estimate, low, high = (values.reshape(num.shape[:-2])[()] for values in (total.rate, *ends))
+    return Interval(estimate, low, high)
 
 
 def mcnemar(correct_a, correct_b) -> McNemar:
