@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -36,10 +38,19 @@ def test_a_streamed_run_resumes_exactly_and_every_epoch_is_another_permutation(i
     assert (one != two).any(), "another epoch, another crop"
 
 
-def test_workers_do_not_change_the_batches(imagenet_dir):
-    expected = first(imagenet(imagenet_dir).train_batches(seed=1, batch_size=4, start_step=2), 4)
-    source = imagenet(imagenet_dir, num_workers=2)
-    assert_equal(expected, first(source.train_batches(seed=1, batch_size=4, start_step=2), 4))
+def test_neither_workers_nor_signals_to_them_change_the_batches(imagenet_dir):
+    expected = first(imagenet(imagenet_dir).train_batches(seed=1, batch_size=4, start_step=2), 6)
+    batches = imagenet(imagenet_dir, num_workers=2).train_batches(seed=1, batch_size=4, start_step=2)
+    found = [next(batches)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:  # Ctrl-C, and some schedulers, signal every process of a run
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    found += [next(batches) for _ in range(5)]
+    assert_equal(expected, jax.device_get(found))
+    batches.close()
+    assert not multiprocessing.active_children()
 
 
 def test_held_out_images_are_never_trained_on(imagenet_dir):

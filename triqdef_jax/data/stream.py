@@ -5,6 +5,7 @@ Left out: the crops themselves (`images`) and sets held in memory (`memory`). gr
 """
 
 import functools
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass
@@ -171,12 +172,20 @@ class StreamData:
         ahead = max(1, self.prefetch)
         stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead))
         if self.num_workers:
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(self.num_workers, per_worker_buffer_size=ahead))
+            options = grain.MultiprocessingOptions(self.num_workers, per_worker_buffer_size=ahead)
+            stream = stream.mp_prefetch(options, _leave_signals_to_the_run)
         iterator = iter(stream)
         try:
             yield from iterator
         finally:
             iterator.close()  # else workers and their shared memory outlive the run
+
+
+def _leave_signals_to_the_run(worker: int, num_workers: int) -> None:
+    """Ignore what a scheduler or a terminal sends to all processes of a run: it saves or stops, and then ends its workers."""
+    del worker, num_workers
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _place(position: int, row: int) -> np.ndarray:
