@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -147,7 +148,9 @@ def test_a_recompressed_data_set_is_known_by_its_own_description(tmp_path, descr
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """(study, plans, record) of three runs by hand, of which `broken` failed in training."""
-    fields = example.ENTRIES[:-1] + ', Entry(name="broken", config="conf.py:patch_ce", is_ablation=True))'
+    changes = '{"loss.feature_layers": ("stem", "stage1")}'
+    broken = f'Entry(name="broken", config="conf.py:patch_ce", changes={changes}, is_ablation=True)'
+    fields = f"{example.ENTRIES[:-1]}, {broken})"
     study, plans = load(tmp_path_factory.mktemp("built"), fields)
     for one, fooled in zip(plans[:2], (5, 9), strict=True):
         example.write_run(one, fooled=fooled)
@@ -158,6 +161,14 @@ def built(tmp_path_factory):
 
 def counts(run, column):
     return {target: (rate["num"], rate["den"]) for target, rate in run["columns"][column].items()}
+
+
+def test_the_command_of_a_run_can_be_pasted_into_a_shell(built):
+    _, plans, record = built
+    program = ["python", "-m", "triqdef_jax.train"]
+    for one, run in zip(plans, record["runs"], strict=True):
+        assert shlex.split(run["command"]) == [*program, *one.flags, f"--workdir={one.workdir}"]
+    assert any("(" in flag for one in plans for flag in one.flags)  # which a shell would read otherwise
 
 
 def test_columns_hold_the_counts_of_the_outcomes(built):

@@ -6,6 +6,7 @@ The record, of kind 'study', holds JSON types and every figure that a table show
 
 import json
 import pathlib
+import shlex
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -165,7 +166,7 @@ def _row(plan, study, ended):
         "is_ablation": plan.entry.is_ablation,
         "workdir": str(plan.workdir),
         "config_hash": files.config_hash(plan.config),
-        "command": " ".join(("python -m triqdef_jax.train", *plan.flags, f"--workdir={plan.workdir}")),
+        "command": shlex.join(("python", "-m", "triqdef_jax.train", *plan.flags, f"--workdir={plan.workdir}")),
         "status": open_phases[0] if open_phases else DONE,
         "budget": given | times,
     }
