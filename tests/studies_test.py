@@ -209,11 +209,16 @@ def test_runs_that_met_other_images_are_not_tested(built):
 
 
 def test_several_seeds_give_their_mean_and_students_interval():
-    rates = [{"rate": value} for value in (0.2, 0.3, 0.4)]
+    rates = [{"rate": value, "low": value - 0.1, "high": value + 0.2} for value in (0.2, 0.3, 0.4)]
     summary = numbers.over_seeds(rates)
     low, high = stats.t.interval(0.95, 2, loc=0.3, scale=0.1 / np.sqrt(3))  # an independent form of the same
     np.testing.assert_allclose([summary[k] for k in ("rate", "low", "high")], [0.3, low, high], rtol=1e-12)
     assert numbers.over_seeds(rates[:1]) is rates[0]
+    assert numbers.over_seeds(rates[:1] * 3) == pytest.approx(
+        {**rates[0], "sd": 0.0, "num_seeds": 3}
+    )  # not of no width
+    near_one = numbers.over_seeds([{"rate": value, "low": 0.9, "high": 1.0} for value in (1.0, 0.99, 0.97)])
+    assert near_one["high"] == 1.0 and near_one["low"] == pytest.approx(0.949, abs=1e-3)
 
 
 def test_forward_equivalents_are_averaged_over_the_stages(built):
@@ -276,6 +281,27 @@ def test_a_defended_run_has_a_row_of_its_own_in_every_table(built):
     ]
 
 
+def test_the_worst_attack_is_named_and_flags_are_counted(built):
+    evaluated = numbers.Evaluated(*numbers.results.load(numbers.evaluation_path(built[1][0], "quick")))
+    record = json.loads(json.dumps(built[2]))
+    cell = row_of(table_of(record, "Worst success"), "triqdef").cells[0]
+    worst = record["runs"][0]["columns"]["worst"]["32"]
+    assert cell.notes[-1] == worst["cell"] and worst["cell"] in {cell["name"] for cell in evaluated.record["cells"]}
+    record["runs"][0]["flags"] = ["no better than noise at 32"] * 3 + ["hardly right without a patch at 4"]
+    said = page.to_markdown(record).splitlines()
+    (line,) = [line for line in said if "Flags raised" in line]
+    assert "triqdef: no better than noise at 32 (3), hardly right without a patch at 4 (1)" in line
+
+
+def test_figures_at_drawn_bit_widths_have_a_table_of_their_own(built):
+    assert not any("drawn" in made.title for made in tables.make(built[2]))
+    record = json.loads(json.dumps(built[2]))
+    columns = record["runs"][1]["columns"]
+    columns["clean accuracy"]["random"] = columns["clean accuracy"]["4"]
+    (row,) = table_of(record, "At drawn bit-widths").rows
+    assert row.head == "other" and [cell.text for cell in row.cells] == ["90.0 %"] + ["not measured"] * 3
+
+
 def test_what_defences_cost_stands_beside_the_network_alone(built):
     assert built[2]["latency"] == {} and not any("Latency" in made.title for made in tables.make(built[2]))
     spread = lambda median: {"median": median, "min": median / 2, "max": 3 * median}
@@ -308,7 +334,7 @@ def test_seeds_are_summarised_in_the_tables(built):
     record = json.loads(json.dumps(built[2]))
     record["runs"][1]["row"] = "triqdef"  # as another seed of it would
     cell = row_of(table_of(record, "Table 5: success of LaVAN"), "triqdef", "patches held out, 3 px").cells[0]
-    assert cell.text == "36.8 %" and cell.notes[1] == "2 seeds"  # (5 + 9) / 2 / 19
+    assert cell.text == "36.8 %" and cell.notes[1] == "mean of 2 seeds"  # (5 + 9) / 2 / 19
 
 
 def test_the_label_stands_at_every_table_and_title_and_no_figure_is_comparable(built):

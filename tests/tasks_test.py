@@ -70,6 +70,24 @@ def test_what_is_finished_is_not_started_again_and_keeps_its_times(tmp_path):
     assert (tmp_path / "train a").read_text() == "x"
 
 
+def test_a_program_that_must_be_alone_runs_beside_no_other(tmp_path):
+    note = (
+        "import sys, time; print(time.time(), flush=True); time.sleep(0.3); open(sys.argv[1], 'a'); print(time.time())"
+    )
+    alone = program(tmp_path, "latency", note)._replace(is_alone=True)
+    others = [program(tmp_path, f"train {letter}", note) for letter in "abc"]
+    run(tmp_path, others[0], alone, *others[1:], num_processes=2)
+    times = lambda task: [
+        float(line) for line in tasks.log_path(tmp_path / "state", task.name).read_text().split("\n")[1:3]
+    ]
+    start, stop = times(alone)
+    spans = [times(task) for task in others]
+    assert all(end <= start or stop <= begin for begin, end in spans)
+    assert any(
+        a[0] < b[1] and b[0] < a[1] for a in spans for b in spans if a is not b
+    )  # the others ran at the same time
+
+
 def test_a_damaged_state_starts_again(tmp_path, capsys):
     run(tmp_path, program(tmp_path, "train a"))
     (tmp_path / "state" / tasks.STATE_FILE).write_text("{")

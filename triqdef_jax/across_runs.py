@@ -104,21 +104,30 @@ def seeds(records: list[dict]) -> dict:
         "names": [record["name"] for record in records],
         "seeds": [record["seed"] for record in records],
         "method": records[0]["method"],
-        "clean_accuracy": {t: over_seeds([r["clean_accuracy"][t]["rate"] for r in records]) for t in targets},
+        "clean_accuracy": {t: over_seeds([r["clean_accuracy"][t] for r in records]) for t in targets},
         "success": {
-            name: {t: over_seeds([rate[name][t]["rate"] for rate in rates]) for t in targets}
+            name: {t: over_seeds([rate[name][t] for rate in rates]) for t in targets}
             for name in (c["name"] for c in records[0]["cells"])
             if name in cells
         },
     }
 
 
-def over_seeds(values) -> dict:
-    """Summarise figures of two or more seeds: mean, standard deviation, and Student's 95 % interval of the mean."""
-    values = np.array(values, float)
-    mean, sd = float(values.mean()), float(values.std(ddof=1))
-    half = float(stats.t.ppf(0.975, len(values) - 1) * sd / np.sqrt(len(values)))
-    return {"mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "num_seeds": len(values)}
+def over_seeds(rates: list[dict]) -> dict:
+    """Summarise a rate of two or more seeds: mean, standard deviation, and Student's 95 % interval of the mean, cut at 0 and 1.
+
+    Where all seeds agree, which few that are near 0 or 1 do, Student's has no width, and the widest interval of a single seed is taken.
+
+    Args:
+      rates: per seed 'rate', and the ends 'low' and 'high' of its own interval.
+    """
+    values = np.array([rate["rate"] for rate in rates], float)
+    mean, sd, num = float(values.mean()), float(values.std(ddof=1)), len(values)
+    half = float(stats.t.ppf(0.975, num - 1) * sd / np.sqrt(num))
+    low, high = max(0.0, mean - half), min(1.0, mean + half)
+    if np.ptp(values) == 0:
+        low, high = min(rate["low"] for rate in rates), max(rate["high"] for rate in rates)
+    return {"mean": mean, "sd": sd, "low": low, "high": high, "num_seeds": num}
 
 
 def seeds_table(summary: dict) -> str:

@@ -133,7 +133,7 @@ def make_tasks(study, source: str, runs, root: pathlib.Path) -> list:
         product = root / numbers.LATENCY_FILE
         command = program("benchmark", "--what=defenses", *runs[0].flags, f"--out={product}")
         identity = files.config_hash([hashes[runs[0].name], command[3]])
-        made.append(Task(numbers.LATENCY_TASK, "latency", command, (), identity, product))
+        made.append(Task(numbers.LATENCY_TASK, "latency", command, (), identity, product, is_alone=True))
     return made
 
 

@@ -7,8 +7,6 @@ and `success` as rates with 95 % intervals, empty where training failed. JSON ty
 import numpy as np
 from scipy import stats
 
-from triqdef_jax import across_runs
-
 FIELDS = ("clean_accuracy", "success")
 LEVEL = 0.05  # share of one more seed's rates that would lie outside by chance
 
@@ -48,9 +46,9 @@ def against_seeds(points: list[dict]) -> dict:
 
 def one_more_seed(rates) -> dict:
     """Return where the rate of one more seed would lie: Student's 95 % prediction interval from those of two or more, cut at 0 and 1."""
-    spread = across_runs.over_seeds(rates)
-    half = float(stats.t.ppf(1 - LEVEL / 2, len(rates) - 1) * spread["sd"] * np.sqrt(1 + 1 / len(rates)))
-    return {"mean": spread["mean"], "low": max(0.0, spread["mean"] - half), "high": min(1.0, spread["mean"] + half)}
+    mean, sd, num = float(np.mean(rates)), float(np.std(rates, ddof=1)), len(rates)
+    half = float(stats.t.ppf(1 - LEVEL / 2, num - 1) * sd * np.sqrt(1 + 1 / num))
+    return {"mean": mean, "low": max(0.0, mean - half), "high": min(1.0, mean + half)}
 
 
 def sentence(found: dict) -> str:

@@ -230,10 +230,10 @@ def _describe(study, config, root):
 
 
 def over_seeds(rates: list[dict]) -> dict:
-    """Summarise a rate over seeds: mean and Student's 95 % interval of the mean; the rate itself where there is one seed."""
+    """Summarise a rate over seeds as `across_runs.over_seeds` does; the rate itself where there is one seed."""
     if len(rates) == 1:
         return rates[0]
-    spread = across_runs.over_seeds([rate["rate"] for rate in rates])
+    spread = across_runs.over_seeds(rates)
     return {"rate": spread.pop("mean")} | spread
 
 

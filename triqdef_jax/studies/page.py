@@ -1,5 +1,6 @@
 """The tables of a study as a page, as Markdown, as LaTeX and for a terminal; printed figures are grey wherever colour is to be had."""
 
+import collections
 import html
 import importlib.resources
 
@@ -104,9 +105,16 @@ def _said(record):
     said = [("flagged", f"{record['label']}.")] if record["label"] else []
     said.append(("meta", about))
     said += [("flagged", f"{run['name']} has no figures: {run['status']}.") for run in bad]
-    flags = [f"{run['name']}: {', '.join(run['flags'])}" for run in runs if run.get("flags")]
-    said += [("flagged", f"Flags raised: {'; '.join(flags)}.")] if flags else []
+    flags = [f"{run['name']}: {_counted(run['flags'])}" for run in runs if run.get("flags")]
+    said += [
+        ("flagged", f"Flags raised (on how many attacks): {'; '.join(flags)}. The page of all runs names them.")
+    ] * bool(flags)
     return said
+
+
+def _counted(flags):
+    """Return each flag once, with how often it was raised: 'no better than noise at 32 (3)'."""
+    return ", ".join(f"{flag} ({count})" for flag, count in collections.Counter(flags).items())
 
 
 def _provenance(record):

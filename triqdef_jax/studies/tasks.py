@@ -36,7 +36,7 @@ class Task(NamedTuple):
     Attributes:
       name: unique, also of its log, as in 'train qat'. kind: its first word, by which the time left is guessed. command: what to start.
       needs: names of tasks that must have ended well before. identity: of all that its product depends on. product: a path that is there when
-        it has ended well.
+        it has ended well. is_alone: no other program runs beside it.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Task(NamedTuple):
     needs: tuple[str, ...]
     identity: str
     product: pathlib.Path
+    is_alone: bool = False
 
 
 class Ended(NamedTuple):
@@ -138,9 +139,13 @@ class _Queue:
             if bad:
                 self.waiting.remove(task)
                 self.ended[task.name] = Ended(LEFT_OUT, f"{bad[0]} {self.ended[bad[0]].status}")
-            elif len(self.running) < self.num and all(name in self.ended for name in task.needs):
+            elif self._has_room(task) and all(name in self.ended for name in task.needs):
                 self.waiting.remove(task)
                 self._start(task)
+
+    def _has_room(self, task):
+        is_crowded = task.is_alone or any(one.task.is_alone for one in self.running)
+        return len(self.running) < (1 if is_crowded else self.num)
 
     def _start(self, task):
         place = min(set(range(self.num)) - {one.place for one in self.running})
