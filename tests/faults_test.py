@@ -1,5 +1,6 @@
 """Disks that fill up, refuse or vanish: one line, nothing half-written, and the run goes on afterwards, on other devices too."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -13,6 +14,7 @@ import threading
 import numpy as np
 import pytest
 import training_example as example
+from orbax.checkpoint._src.path import atomicity
 from several_processes import run_processes
 
 from triqdef_jax import checkpoints, entry, files, loop, patch_pool, results, train, writer
@@ -163,7 +165,7 @@ def read_only(path):
 def assert_nothing_holds_the_exit():
     """Python ends when its threads do; Orbax's would wait five minutes for the directory of a failed save."""
     others = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
-    saving = [t for t in others if "orbax" in type(t).__module__]
+    saving = [t for t in others if "orbax" in type(t).__module__ or t.name in ("async_save", "save_finalize")]
     for thread in saving:
         threading.Thread.join(thread, timeout=30)
     assert not any(thread.is_alive() for thread in saving), saving
@@ -192,6 +194,53 @@ def test_a_directory_that_cannot_take_a_checkpoint_is_named_in_one_line(tmp_path
         assert saver.save(2, {"w": np.full(3, 2.0)}, {})
     assert "Traceback" not in capfd.readouterr().err
     assert checkpoints.Checkpointer(folder).restore_raw()[0]["w"][0] == 2
+
+
+READ_ONLY = """
+import pathlib, sys
+import faults_test, jax.numpy as jnp, pytest
+from triqdef_jax import checkpoints, entry
+def main(argv):
+    with checkpoints.Checkpointer(sys.argv[1]) as saver:
+        saver.save(1, {"w": jnp.ones(3)}, {})
+        saver.wait()
+        with faults_test.read_only(pathlib.Path(sys.argv[1])):
+            saver.save(2, {"w": jnp.ones(3)}, {})
+            saver.wait()
+try:
+    entry.flags.FLAGS(sys.argv[:1])
+    sys.exit(entry._run_main(main, []))
+except pytest.skip.Exception as skipped:
+    sys.exit(77)
+"""
+
+
+def test_a_program_whose_directory_is_read_only_says_one_line_and_ends(tmp_path):
+    ((code, _, said),) = run_processes(READ_ONLY, tmp_path / "ck", num=1)
+    if code == 77:
+        pytest.skip("root writes everywhere, and this file system has no immutable directories")
+    assert code == entry.EXIT_USER_ERROR and said.count("\n") == 1, said
+    assert re.match("error: cannot write checkpoints to .*(not permitted|denied): .*intact steps: ", said)
+
+
+def test_a_save_that_goes_on_while_its_directory_is_replaced_costs_no_checkpoint(tmp_path, monkeypatch):
+    create, folder = atomicity.AtomicRenameTemporaryPath.create, tmp_path / "ck"
+
+    async def create_slowly(*args, **kwargs):
+        await asyncio.sleep(1)
+        return await create(*args, **kwargs)
+
+    with checkpoints.Checkpointer(folder, keep=1) as saver:
+        saver.save(1, {"w": np.ones(3)}, {})
+        saver.wait()
+        monkeypatch.setattr(atomicity.AtomicRenameTemporaryPath, "create", create_slowly)
+        saver.save(2, {"w": np.full(3, 2.0)}, {})
+        shutil.copytree(folder, tmp_path / "copy")
+        shutil.move(folder, tmp_path / "old")
+        shutil.move(tmp_path / "copy", folder)
+        with pytest.raises(checkpoints.CheckpointError, match=r"has vanished or was replaced; intact steps: \[[12]\]"):
+            saver.wait()
+    assert checkpoints.Checkpointer(folder).restore_raw()[0]["w"][0] in (1, 2)
 
 
 def small_run(workdir):

@@ -52,12 +52,9 @@ def main(rank, folder, failing):
     saver = checkpoints.Checkpointer(folder)
     saver.save(1, state, {})
     saver.wait()
-    try:
-        with faults_test.largest_file(None, 100) if rank == int(failing) else contextlib.nullcontext():
-            saver.save(2, state, {})
-            saver.wait()
-    except checkpoints.CheckpointError as error:
-        raise entry.LocalError(str(error)) from error  # as the train program does
+    with faults_test.largest_file(None, 100) if rank == int(failing) else contextlib.nullcontext():
+        saver.save(2, state, {})
+        saver.wait()
 """
 
 TRAINING = """
@@ -114,7 +111,7 @@ def test_what_fails_in_one_process_fails_in_all():
     [(0, 1, "RuntimeError: a bug of ours"), (errno.ENOSPC, 2, "error: No space left on device: /full/disk;")],
 )
 def test_a_process_that_dies_ends_the_others_with_a_line_that_says_so(number, code, said):
-    lead, other = run_processes(ONE_DIES + CONNECTED, number, HEARTBEAT_TIMEOUT_S="3")
+    lead, other = run_processes(ONE_DIES + CONNECTED, number, HEARTBEAT_TIMEOUT_S="5")
     assert other[0] == code and said in other[2] and ("Traceback" in other[2]) == (code == entry.EXIT_FAILED)
     assert lead[0] == -signal.SIGABRT
     assert "another task died" in lead[2] and "unhealthy (stopped sending heartbeats):\n1\n" in lead[2]
@@ -122,7 +119,7 @@ def test_a_process_that_dies_ends_the_others_with_a_line_that_says_so(number, co
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_disk_that_fails_one_process_ends_all_at_once_and_leaves_the_checkpoint_before(tmp_path, failing):
-    ended = run_processes(ONE_DISK_FAILS + CONNECTED, tmp_path, failing, HEARTBEAT_TIMEOUT_S="3")
+    ended = run_processes(ONE_DISK_FAILS + CONNECTED, tmp_path, failing, HEARTBEAT_TIMEOUT_S="5")
     code, _, said = ended[failing]
     assert code == entry.EXIT_USER_ERROR and ended[1 - failing][0], said
     assert re.search(

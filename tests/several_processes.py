@@ -15,7 +15,7 @@ sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)
 """
 
-# Connects, then runs a `main` that gets its process number and the script's arguments
+# Connects, then runs a `main` that gets its process number and the script's arguments.
 # $HEARTBEAT_TIMEOUT_S: how long a silent process counts as alive.
 CONNECTED = """
 import json, os, pathlib, signal, sys, time

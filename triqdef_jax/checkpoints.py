@@ -17,14 +17,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from triqdef_jax import files, orbax_failures, retention
+from triqdef_jax import entry, files, orbax_failures, retention
 
 _log = logging.getLogger(__name__)
 
 _MISMATCHES_SHOWN = 3
 
 
-class CheckpointError(ValueError):
+class CheckpointError(entry.LocalError):
     """Checkpoints cannot be written, none of them can be read, or they belong to another config; one line."""
 
 
@@ -242,8 +242,8 @@ class Checkpointer:
             is_gone = self._place not in (None, _place(self._directory))
             reason = "the directory has vanished or was replaced" if is_gone else orbax_failures.cause(error)
             self._newest = None
+            self._drop_manager()  # first: a save that goes on may still end well, a cancelled one would count as ended
             orbax_failures.release()
-            self._drop_manager()
             raise CheckpointError(
                 f"cannot write checkpoints to {self._directory}: {reason}; intact steps: "
                 f"{self._steps() or 'none'}; make room or access, then run again"

@@ -36,7 +36,7 @@ class UserError(ValueError):
 
 
 class LocalError(UserError):
-    """The same, met by one of several processes, such as a disk that fails it; the others go on until they miss this one."""
+    """The same, of which other processes of the run may know nothing, such as a disk that fails one of them (`processes.started`)."""
 
 
 @contextlib.contextmanager
@@ -47,14 +47,15 @@ def user_errors() -> Iterator[None]:
     ValueError counts as our own bug and keeps its traceback.
 
     Raises:
-      UserError: for a ValueError or an OSError (missing file, no permission, full disk) inside the block.
+      UserError: for a ValueError inside the block. LocalError: for an OSError (missing file, no permission, full disk).
     """
     try:
         yield
     except UserError:
         raise
     except (ValueError, OSError) as error:
-        raise UserError(_message(error)) from error
+        kind = LocalError if isinstance(error, OSError) else UserError
+        raise kind(_message(error)) from error
 
 
 def define_config_flags(default: str | None = None) -> tuple[flags.FlagHolder, flags.FlagHolder]:

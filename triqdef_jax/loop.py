@@ -153,7 +153,7 @@ def train(
       label: what to call the run in the progress line. is_quiet: no progress at all. profile_steps: steps, counted from 1, to trace.
 
     Raises:
-      NonFiniteLossError: the loss is no longer finite. checkpoints.CheckpointError: no checkpoint of this run can be read.
+      NonFiniteLossError: the loss is no longer finite. checkpoints.CheckpointError: checkpoints of this run can be neither read nor written.
     """
     is_lead = sharding.is_lead()
     kept = dict(keep=run.config.train.keep_checkpoints, keep_best=run.config.train.keep_best)

@@ -1,5 +1,6 @@
 """What Orbax and TensorStore say when they fail: the cause on one line, and nothing beside it."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -35,7 +36,9 @@ def quiet() -> None:
     """
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     logging.getLogger("asyncio").addFilter(lambda record: "OCDBT" not in record.getMessage())
-    warnings.filterwarnings("ignore", r"coroutine '(\w+Handler\.\w+|_create_paths)' was never awaited")
+    warnings.filterwarnings(
+        "ignore", r"coroutine '(\w+Handler\.\w+|_create_paths|cancellable|\w*serialize\S*)' was never awaited"
+    )
     previous = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
@@ -55,17 +58,18 @@ def release() -> None:
     """
     for thread in threading.enumerate():
         if isinstance(thread, future._SignalingThread):
-            thread.cancel()
-            future.set_signals(thread._receive_signals, operation_id=thread._operation_id)
+            with contextlib.suppress(Exception):  # the thread may end, and another process be gone, at this very moment
+                thread.cancel()
+                future.set_signals(thread._receive_signals, operation_id=thread._operation_id)
 
 
 def barrier(*, key: str, timeout_ms: int) -> None:
-    """Orbax's barrier between processes, where one whose save has failed raises instead of waiting.
+    """Orbax's barrier between processes, where one whose save has failed in a thread of Orbax raises instead of waiting.
 
     It would wait twenty minutes for others, which know of no failure and wait for its part of the save. Raised, it ends this
     process, and that ends the others.
     """
     failure = sys.exception()
-    if failure is not None:
+    if failure is not None and threading.current_thread() is not threading.main_thread():
         raise failure
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)

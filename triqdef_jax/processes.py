@@ -169,11 +169,14 @@ def together() -> Iterator[None]:
     """Lets all processes fail where one of them fails; in the block they must not talk to each other.
 
     Raises:
-      UserError: in the processes that went well, naming the one that did not. What went wrong, in that one.
+      UserError: in the processes that went well, naming the one that did not. What went wrong, in that one, a `LocalError` as
+        a UserError, for now all know.
     """
     failure = None
     try:
         yield
+    except entry.LocalError as error:
+        failure = entry.UserError(str(error))
     except Exception as error:
         failure = error
     failed = [rank for rank, has_failed in enumerate(gathered(failure is not None)) if has_failed]

@@ -26,7 +26,7 @@ DEFINITIONS = {
     "worst": "the cell with the highest asr_correct against a target, controls left out",
     "worst_transfer": "the same among cells of an attacker without the weights",
     "robust_all": "right under every patch of every cell / images that all cells share",
-    "interval": "95 %: Wilson where one patch meets independent images, else bootstrap over patches and images",
+    "interval": "95 %: Wilson where one patch meets independent images, else bootstrap over patches and images (all or none succeed: Wilson)",
 }
 
 

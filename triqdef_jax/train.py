@@ -41,8 +41,7 @@ def _open(held):
 
 def _train(run, loaded, profile_steps):
     """Get the patch pool, train, and say how it ended; returns the exit code."""
-    from triqdef_jax import data, loop, sources
-    from triqdef_jax.checkpoints import CheckpointError
+    from triqdef_jax import loop, sources
 
     pool = None
     try:
@@ -53,8 +52,6 @@ def _train(run, loaded, profile_steps):
     except loop.NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         return entry.EXIT_FAILED
-    except (CheckpointError, data.RecordError) as error:
-        raise entry.LocalError(str(error)) from error
     except loop.PreemptedError as error:
         processes.say(str(error), file=sys.stderr)
         return entry.EXIT_PREEMPTED

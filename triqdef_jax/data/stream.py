@@ -5,7 +5,10 @@ Left out: the crops themselves (`images`) and sets held in memory (`memory`). gr
 """
 
 import functools
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass
@@ -15,11 +18,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from triqdef_jax import entry
 from triqdef_jax.data import images
 from triqdef_jax.data.splits import Split, check_at_least, check_batching, choose, pad_batch, split_batches
 
 
-class RecordError(ValueError):
+class RecordError(entry.LocalError):
     """A record on disk that cannot be read, or is no image; the message names it and says what to do."""
 
 
@@ -182,10 +186,16 @@ class StreamData:
 
 
 def _leave_signals_to_the_run(worker: int, num_workers: int) -> None:
-    """Ignore what a scheduler or a terminal sends to all processes of a run: it saves or stops, and then ends its workers."""
+    """Ignore what a scheduler or a terminal sends to all processes of a run, and end with the run, however that ends."""
     del worker, num_workers
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+    def end_with_the_run():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_the_run, daemon=True).start()
 
 
 def _place(position: int, row: int) -> np.ndarray:
