@@ -7,9 +7,11 @@
 
 Options after the name: `dataset`, a config file of this folder, with variants where wanted (digits, the default, cifar10
 or imagenet); `model`, any network, at its published width unless it is the data set's own, with FDP on all its stages
-but the last; `bits`, joined by slashes (`bits=8/4`), which keep their places in the curriculum.
+but the last, and gradients of a transformer clipped at norm 1, without which it hardly learns at these rates; `bits`,
+joined by slashes (`bits=8/4`), which keep their places in the curriculum.
 
     name            what it is                                            published settings it keeps
+    triqdef         the full method itself, for `model` and `bits`
     qat             one backbone under all bit-widths, clean images       (Table 4, 'standard QAT', shared)
     qat_single      one network for one bit-width, named by bits=         (the same, independent networks)
     patch_ce        pool patches, cross-entropy alone: no penalties       (control of this project)
@@ -40,11 +42,13 @@ from triqdef_jax import config as config_lib
 from triqdef_jax import curriculum
 
 DATASETS = ("digits", "cifar10", "imagenet")
+TRANSFORMERS, CLIP_NORM = ("deit", "swin"), 1.0
 PBAT = {"loss.method": "pbat", "patches.attack_steps": 25}
 DWQ = {"loss.method": "dwq", "bact.enabled": False}
 
 # Fields by baseline, beside the data set's own run.
 BASELINES = {
+    "triqdef": {},
     "qat": {"loss.method": "qat"},
     "qat_single": {"loss.method": "qat"},
     "patch_ce": {"loss.method": "patch_ce"},
@@ -117,6 +121,8 @@ def _take_model(config, name):
     config.model.name, config.model.width = name, 0
     stages = config_lib.make_network(config).module.plan.stages  # refuses an unknown name
     config.loss.feature_layers = tuple(stage for stage in stages if stage != "stem")[:-1]
+    if name.startswith(TRANSFORMERS):
+        config.optim.clip_norm = CLIP_NORM
 
 
 def _take_bits(config, text):

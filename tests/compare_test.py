@@ -67,6 +67,21 @@ def test_a_run_that_fails_is_told_in_one_line_and_the_others_are_compared(tmp_pa
     assert "triqdef_jax.train" in tasks.log_path(root, "train broken").read_text()
 
 
+def test_the_study_of_the_documentation_is_one(tmp_path):
+    text = (compare.CONFIGS.parent / "docs" / "studies.md").read_text()
+    for config in compare.CONFIGS.glob("*.py"):
+        (tmp_path / config.name).symlink_to(config)
+    (tmp_path / "mine.py").write_text(text.partition("```python\n")[2].partition("```")[0])
+    study = plan.load(str(tmp_path / "mine.py"))
+    runs = plan.make_runs(study, str(tmp_path / "mine.py"), tmp_path / "work")
+    assert [(run.name, run.config.loss.method) for run in runs] == [
+        ("triqdef", "triqdef"),
+        ("qat", "qat"),
+        ("no_fdp", "triqdef"),
+    ]
+    assert all(tuple(run.config.quant.bits) == (32, 4) for run in runs)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

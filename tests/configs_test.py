@@ -27,6 +27,7 @@ NOT_CLEAN = {"loss.method": "pbat", "patches.attack_steps": 25}
 RANDOM_BITS = {"loss.method": "dwq", "bact.enabled": False}
 # What every baseline changes beside the data set's full run.
 BASELINES = {
+    "triqdef": {},
     "qat": {"loss.method": "qat"},
     "patch_ce": {"loss.method": "patch_ce"},
     "pbat": NOT_CLEAN,
@@ -202,7 +203,7 @@ def test_every_baseline_is_possible_on_every_data_set_and_changes_exactly_its_fi
 
 def test_no_baseline_is_without_its_entry_here_and_every_method_has_one():
     assert set(get_config("baselines").__globals__["BASELINES"]) == {*BASELINES, "qat_single"}
-    assert {fields["loss.method"] for fields in BASELINES.values()} == set(METHODS_BY_NAME) - {"triqdef"}
+    assert {fields.get("loss.method", "triqdef") for fields in BASELINES.values()} == set(METHODS_BY_NAME)
 
 
 def test_the_independent_network_of_a_bit_width_has_it_alone():
@@ -217,6 +218,9 @@ def test_bits_keep_their_places_in_the_curriculum_and_models_their_published_wid
     assert (config.quant.bits, config.bact.starts) == ((32, 8, 4, 2), (0.45, 0.6))
     assert (config.model.name, config.model.width, config.loss.feature_layers) == ("resnet20", 0, THREE_STAGES)
     assert load("baselines:mat,model=vgg16,dataset=cifar10").loss.feature_layers == (*FOUR_STAGES, "stage4")
+    clipped = differences(load("baselines:triqdef,model=deit_tiny_cifar,dataset=cifar10"), load("cifar10"))
+    assert (clipped.pop("model.name"), clipped.pop("optim.clip_norm")) == ("deit_tiny_cifar", 1.0)
+    assert set(clipped) <= {"loss.feature_layers"}
     same = load("baselines:gal,model=resnet8")
     assert same.model.width == 16  # the data set's own network stays as it is
 
@@ -272,8 +276,8 @@ def test_an_ablated_penalty_reads_no_maps(name, maps):
         ("ablations", "no_fdp,dataset=mnist", "digits, cifar10, imagenet; got 'dataset=mnist'"),
         ("ablations", "no_fdp,dataset=cifar10:huge", "configs/cifar10.py has the variants"),
         ("ablations", "no_fdp,dataset=digits:qat", "which dataset=digits:qat replaces by qat"),
-        ("baselines", "", "needs one of qat, qat_single, patch_ce, pbat,"),
-        ("baselines", "triqdef", "; got 'triqdef'"),
+        ("baselines", "", "needs one of triqdef, qat, qat_single, patch_ce, pbat,"),
+        ("baselines", "huge", "; got 'huge'"),
         ("baselines", "gal,cifar10", "takes ,dataset=FILE[:variant] ,model=NAME ,bits=8/4; got 'cifar10'"),
         ("baselines", "gal,bits=8,bits=4", "got 'bits=4'"),
         ("baselines", "gal,dataset=mnist", "must be one of digits, cifar10, imagenet; got 'mnist'"),
