@@ -143,3 +143,24 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
         ValueError, match="--preset must be one of pools, smoke, quick, standard, full, sanity, curves, got 'huge'"
     ):
         presets.check("huge")
+
+
+def test_surrogates_of_other_architectures_join_a_preset_with_universal_and_per_image_patches():
+    config = config_lib.default()
+    usual = presets.plans("quick", config)
+    added = [plan for plan in presets.plans("quick", config, (), ("fp@deit_tiny_cifar", "fp")) if plan not in usual]
+    assert {plan.surrogate for plan in added} == {"fp@deit_tiny_cifar"}
+    assert [plan.attack for plan in added] == ["lavan", "gap", "patch_pgd"]
+
+
+@pytest.mark.parametrize(
+    "preset, surrogate, said",
+    [
+        ("pools", "qat:4", "preset pools has no surrogates; ask for qat:4 under smoke, quick"),
+        ("quick", "self:4", "self:4 is the network itself"),
+        ("quick", "fp@alexnet", "a surrogate is one of fp, qat:BITS"),
+    ],
+)
+def test_surrogates_that_cannot_join_are_refused_in_one_line(preset, surrogate, said):
+    with pytest.raises(ValueError, match=said):
+        presets.plans(preset, config_lib.default(), (), (surrogate,))

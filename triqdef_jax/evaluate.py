@@ -4,6 +4,7 @@ Presets: 'pools' (default) meets patches that training never met, made on full-p
 white-box, adaptive and query attacks, controls, untrained and re-quantized bit-widths; 'curves' asks how success grows with size, steps and restarts,
 'sanity' whether every attack beats noise on the widest bit-width.
 `--defenses=median,jedi` puts defences at inference around the widest and the lowest bit-width: rows like jedi:2, attacked through the defence.
+`--surrogates=fp@deit_tiny_cifar` lets the attacker train that network too, and shows its patches to every row.
 `--checkpoint=best` (on held-out images) or a step measures another checkpoint than the newest; its results lie in `<workdir>/results/step<step>/`.
 Every rate comes with its count and a 95 % interval. The same command continues where it was stopped, cell by cell, and reads a finished record.
 Writes `<workdir>/results/<name>.json` and `<name>_outcomes.npz`; `report.py` turns them into a page.
@@ -47,6 +48,7 @@ def _evaluate(options):
         presets.check(options.preset)
         extra = tuple(quantize.check_bits(int(b)) for b in options.extra_bits)
         _check_runs(options)
+        presets.check_further(options.preset, options.surrogates)
     try:
         evaluated = [_evaluate_run(workdir, extra, options) for workdir in options.workdirs]
         other = _evaluate_run(options.compare, extra, options) if options.compare else None
@@ -105,7 +107,8 @@ def _evaluate_run(workdir, extra_bits, options):
         subject = make_subject(trained, workdir, options.preset, extra_bits, **rows)
         if options.preset == "curves":
             return _Evaluated(measure_curves(subject, progress=_Progress()), None, subject.results)
-        record, outcomes = evaluate(subject, options.preset, with_pools=not options.clean_only, progress=_Progress())
+        asked = dict(with_pools=not options.clean_only, surrogates=tuple(options.surrogates))
+        record, outcomes = evaluate(subject, options.preset, **asked, progress=_Progress())
     record |= {"identity": identity}
     with processes.together():
         if sharding.is_lead():
@@ -120,6 +123,7 @@ def _identity(trained, extra_bits, options):
     root = pathlib.Path(__file__).resolve().parent
     code = {str(path.relative_to(root)): np.frombuffer(path.read_bytes(), np.uint8) for path in root.rglob("*.py")}
     asked = [options.preset, list(extra_bits), options.deployed, options.clean_only, list(options.defenses)]
+    asked += [list(options.surrogates)] * bool(options.surrogates)
     facts = [files.config_hash(trained.config), trained.step, *asked, results.versions(), files.sha256_of_arrays(code)]
     return files.config_hash(facts)
 
@@ -146,11 +150,12 @@ def make_subject(trained, workdir, preset: str, extra_bits=(), *, deployed=False
     return cells.Subject(trained, loaded, rows, *arrays, pathlib.Path(workdir), deployed)
 
 
-def evaluate(subject, preset: str, *, with_pools: bool = True, progress=None):
+def evaluate(subject, preset: str, *, with_pools: bool = True, surrogates: tuple[str, ...] = (), progress=None):
     """Run all cells of a preset on one run.
 
     Args:
-      subject: from `make_subject`. with_pools: False measures clean accuracy alone. progress: called with (cell number, number of cells, text).
+      subject: from `make_subject`. with_pools: False measures clean accuracy alone. surrogates: beside the preset's.
+      progress: called with (cell number, number of cells, text).
 
     Returns:
       (record of kind 'evaluation', `results.Outcomes`).
@@ -163,7 +168,7 @@ def evaluate(subject, preset: str, *, with_pools: bool = True, progress=None):
     found = []
     if with_pools:
         pools = sources.eval_pools(config, subject.data) if presets.meets_pools(preset) else {}
-        plans = presets.plans(preset, config, defended)
+        plans = presets.plans(preset, config, defended, surrogates)
         found = _make_cells(subject, pools, plans, tell)
     outcomes = results.Outcomes(
         tuple(target.name for target in subject.targets), subject.labels, subject.ids, clean, tuple(found)
@@ -379,6 +384,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", "last", "Which checkpoint: last, best (on held-out images), or a step.")
     flags.DEFINE_bool("deployed", False, "Measure the integer forward that ships instead of the fake-quant graph.")
     flags.DEFINE_bool("clean_only", False, "Measure clean accuracy alone, without patches.")
+    flags.DEFINE_list("surrogates", [], "Surrogates beside the preset's, such as fp@deit_tiny_cifar or qat:4.")
     flags.DEFINE_list("defenses", [], "Defences to measure too: median, gaussian, tv, jedi, diffpure, patchcleanser.")
     flags.DEFINE_list("extra_bits", [], "Bit-widths that were not trained, calibrated for this evaluation (3,6).")
     processes.define_flags()

@@ -140,26 +140,47 @@ def _observers(config):
     return ("minmax",) if config.quant.scale == "observed" else tuple(ptq.OBSERVERS)
 
 
-def plans(name: str, config: ConfigDict, defended: tuple[str, ...] = ()) -> tuple[CellPlan, ...]:
+def plans(
+    name: str, config: ConfigDict, defended: tuple[str, ...] = (), further: tuple[str, ...] = ()
+) -> tuple[CellPlan, ...]:
     """Return the cells of a preset for one run, cheapest kind of attacker first; none for 'pools'.
 
     Args:
-      defended: rows behind a defence, such as 'jedi:4', to be attacked through it.
+      defended: rows behind a defence, such as 'jedi:4', to be attacked through it. further: surrogates beside the preset's, for universal
+        patches and, other than those, for per-image ones each.
+
+    Raises:
+      ValueError: `further` under a preset without surrogates, or one of them is unknown or the defended network itself.
     """
+    further = tuple(dict.fromkeys(further))
+    check_further(name, further)
     if name == "sanity":
         return (*_sanity(config), *_through_defenses(SANITY, defended, config.patches.sizes_px[0]))
     if name not in PRESETS:
         return ()
     preset, size_px = _with_models(PRESETS[name], config), config.patches.sizes_px[0]
+    further = tuple(one for one in further if one not in preset.surrogates)
+    preset = dataclasses.replace(preset, surrogates=(*preset.surrogates, *further))
     bits, few_px = tuple(config.quant.bits), small_px(size_px)
     sizes = (size_px, few_px) if few_px < size_px else (size_px,)
     return (
         *_controls(preset, sizes),
         *_universal(preset, bits, size_px),
-        *_white_box(preset, bits, sizes),
+        *_white_box(preset, bits, sizes, further),
         *_queries(preset, bits, sizes),
         *_through_defenses(preset, (*_drawn(config), *defended), size_px),
     )
+
+
+def check_further(name: str, further: tuple[str, ...]) -> None:
+    """Refuse surrogates that cannot stand beside those of a preset; raises as `plans`."""
+    if further and name not in PRESETS:
+        raise ValueError(f"preset {name} has no surrogates; ask for {', '.join(further)} under {', '.join(PRESETS)}")
+    for surrogate in further:
+        if surrogates.parse(surrogate)[0] == SELF:
+            raise ValueError(
+                f"{surrogate} is the network itself, which the presets attack anyway; name another surrogate"
+            )
 
 
 def meets_pools(name: str) -> bool:
@@ -217,8 +238,8 @@ def _universal(preset, bits, size_px):
                 )
 
 
-def _white_box(preset, bits, sizes):
-    """Per-image attacks with gradients: PGD on every bit-width, from the first surrogate and on all; adaptive on all; both with the smaller patch.
+def _white_box(preset, bits, sizes, further=()):
+    """Per-image attacks with gradients: PGD on every bit-width, from some surrogates and on all; adaptive on all; both with the smaller patch.
 
     Twice the steps and re-alignment are asked of the smaller patch, for the larger leaves hardly an image to gain.
     """
@@ -239,7 +260,8 @@ def _white_box(preset, bits, sizes):
         yield from (cell("patch_pgd", f"{SELF}:{b}", few) for b in _ends(preset, bits))
     original = cell("patch_pgd", low, few).name
     yield cell("patch_pgd", low, few, "twice the steps", doubles=original, num_steps=2 * preset.white_steps)
-    yield cell("patch_pgd", _surrogates(preset, bits)[0], sizes[0])
+    for surrogate in dict.fromkeys((_surrogates(preset, bits)[0], *further)):
+        yield cell("patch_pgd", surrogate, sizes[0])
     if len(bits) > 1:
         yield cell("patch_pgd", every, sizes[0])
         yield from (cell("adaptive", every, size) for size in sizes)
