@@ -29,7 +29,7 @@ def evaluated(tiny_run, tmp_path_factory):
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "eval_pools", lambda config, data: {})
-        patch.setattr(presets, "plans", lambda name, config, defended=(): tuple(plans))
+        patch.setattr(presets, "plans", lambda *_: tuple(plans))
         patch.setattr(presets, "target_names", lambda *args: ("4", *through))
         subject = evaluate.make_subject(trained, folder / "run", "quick", defenses=DEFENDED)
         return subject, *evaluate.evaluate(subject, "quick")

@@ -80,7 +80,7 @@ def evaluated(subject, pool):
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "eval_pools", lambda config, data: {"held-out": pool})
-        patch.setattr(presets, "plans", lambda name, config, defended=(): tuple(plans))
+        patch.setattr(presets, "plans", lambda *_: tuple(plans))
         said = []
         cheap = with_linear_networks(subject)
         record, outcomes = evaluate.evaluate(cheap, "quick", progress=lambda *line: said.append(line))
@@ -178,7 +178,7 @@ def test_sanity_needs_no_source_network_and_flags_attacks_that_only_occlude(eval
         dataclasses.replace(p, num_images=6 * bool(p.surrogate), fields=(("num_queries", 1),) * bool(p.surrogate))
         for p in plans
     ]
-    monkeypatch.setattr(presets, "plans", lambda name, config, defended=(): tuple(weak))
+    monkeypatch.setattr(presets, "plans", lambda *_: tuple(weak))
     record, _ = evaluate.evaluate(subject, "sanity")
     assert [(flag["flag"], flag["target"]) for flag in record["flags"]] == [("no better than noise", "32")]
     assert any(line.startswith("DO NOT beat noise of the same size at 32 bits") for line in record["checks"])
@@ -216,6 +216,7 @@ def options_of(**changes):
         "deployed": False,
         "clean_only": False,
         "defenses": [],
+        "surrogates": [],
     }
     return types.SimpleNamespace(**defaults | changes)
 
