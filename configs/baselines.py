@@ -7,7 +7,7 @@
 
 Options after the name: `dataset`, a config file of this folder, with variants where wanted (digits, the default, cifar10
 or imagenet); `model`, any network, at its published width unless it is the data set's own, with FDP on all its stages
-but the last, and gradients of a transformer clipped at norm 1, without which it hardly learns at these rates; `bits`,
+but the last, and a transformer's gradients clipped as those of surrogates are (`MODEL_CLIP_NORM` says why); `bits`,
 joined by slashes (`bits=8/4`), which keep their places in the curriculum.
 
     name            what it is                                            published settings it keeps
@@ -39,10 +39,10 @@ import importlib.util
 import pathlib
 
 from triqdef_jax import config as config_lib
-from triqdef_jax import curriculum
+from triqdef_jax import curriculum, surrogates
 
 DATASETS = ("digits", "cifar10", "imagenet")
-TRANSFORMERS, CLIP_NORM = ("deit", "swin"), 1.0
+TRANSFORMERS = ("deit", "swin")
 PBAT = {"loss.method": "pbat", "patches.attack_steps": 25}
 DWQ = {"loss.method": "dwq", "bact.enabled": False}
 
@@ -122,7 +122,7 @@ def _take_model(config, name):
     stages = config_lib.make_network(config).module.plan.stages  # refuses an unknown name
     config.loss.feature_layers = tuple(stage for stage in stages if stage != "stem")[:-1]
     if name.startswith(TRANSFORMERS):
-        config.optim.clip_norm = CLIP_NORM
+        config.optim.clip_norm = surrogates.MODEL_CLIP_NORM
 
 
 def _take_bits(config, text):

@@ -14,7 +14,7 @@ from triqdef_jax import sharding, train_step
 BITS = (8, 2)
 
 
-def run_twice(method, dtype, mesh, *, num_images=16):
+def run_twice(method, dtype, mesh):
     """Return the losses of two runs from the same arrays, which are the same on any mesh; each process brings its share of the images."""
     with jax.enable_x64(dtype == "float64"):
         network = example.make_network(dtype, BITS, blocks=())
@@ -23,7 +23,7 @@ def run_twice(method, dtype, mesh, *, num_images=16):
         slots, specs = [network.slot(b) for b in BITS], [example.make_spec(network, b, dtype) for b in BITS]
         rank, num = jax.process_index(), jax.process_count()
         share = lambda x: x[rank * len(x) // num : (rank + 1) * len(x) // num]
-        batch = jax.tree.map(share, jax.device_get(example.make_inputs(dtype=dtype, num=num_images)))
+        batch = jax.tree.map(share, jax.device_get(example.make_inputs(dtype=dtype, num=16)))
         batch = sharding.put_batch(batch, mesh)
         step = train_step.make_step(settings, plan="fused", mesh=mesh)
         runs = []

@@ -116,7 +116,7 @@ def seeds(records: list[dict]) -> dict:
 def over_seeds(rates: list[dict]) -> dict:
     """Summarise a rate of two or more seeds: mean, standard deviation, and Student's 95 % interval of the mean, cut at 0 and 1.
 
-    Where all seeds agree, which few that are near 0 or 1 do, Student's has no width, and the widest interval of a single seed is taken.
+    Where all seeds agree, as few of them near 0 or 1 may, Student's has no width, and the widest interval of a single seed is taken.
 
     Args:
       rates: per seed 'rate', and the ends 'low' and 'high' of its own interval.

@@ -106,9 +106,9 @@ def _said(record):
     said.append(("meta", about))
     said += [("flagged", f"{run['name']} has no figures: {run['status']}.") for run in bad]
     flags = [f"{run['name']}: {_counted(run['flags'])}" for run in runs if run.get("flags")]
-    said += [
-        ("flagged", f"Flags raised (on how many attacks): {'; '.join(flags)}. The page of all runs names them.")
-    ] * bool(flags)
+    if flags:
+        words = f"Flags raised (on how many attacks): {'; '.join(flags)}. The page of all runs names them."
+        said.append(("flagged", words))
     return said
 
 
