@@ -6,7 +6,7 @@ Counts are whole numbers of images; a rate is divided once, at the end, and is n
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy  # its parts load when they are first used; statistics take a second
 
 RESAMPLES_PER_CHUNK = 256  # bounds the bootstrap's memory: 256 x 10,000 images are 10 MB
 EXACT_PAIRS = 2**24  # up to here float32 holds every whole number
@@ -118,7 +118,7 @@ def wilson(num: int, den: int, *, level: float = 0.95) -> Interval:
         raise ValueError(f"num, den: expected 0 <= num <= den, got {num} and {den}")
     if den == 0:
         return Interval(np.nan, np.nan, np.nan)
-    ends = stats.binomtest(int(num), int(den)).proportion_ci(level, method="wilson")
+    ends = scipy.stats.binomtest(int(num), int(den)).proportion_ci(level, method="wilson")
     return Interval(float(num / den), float(ends.low), float(ends.high))
 
 
@@ -193,7 +193,7 @@ def mcnemar(correct_a, correct_b) -> McNemar:
             f"got {a.dtype} {a.shape} and {b.dtype} {b.shape}"
         )
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    p_value = stats.binomtest(only_a, only_a + only_b, 0.5).pvalue if only_a + only_b else 1.0
+    p_value = scipy.stats.binomtest(only_a, only_a + only_b, 0.5).pvalue if only_a + only_b else 1.0
     return McNemar(int((a & b).sum()), only_a, only_b, int((~a & ~b).sum()), float(p_value))
 
 

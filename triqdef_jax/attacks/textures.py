@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from scipy import ndimage
-from scipy.cluster import vq
+import scipy  # its parts load when they are first used
 
 from triqdef_jax.attacks import queries
 from triqdef_jax.attacks.settings import check_arrays, check_positive
@@ -111,9 +110,9 @@ def filter_bank(images: np.ndarray) -> np.ndarray:
     images = np.asarray(images, np.float64)
     maps, brightness = [images], images.mean(axis=-1)
     for sigma in FILTER_SIGMAS:
-        smooth = ndimage.gaussian_filter(brightness, (0, sigma, sigma))
-        slopes = [sigma * ndimage.correlate1d(smooth, (-0.5, 0.0, 0.5), axis=axis) for axis in (1, 2)]
-        bumps = sum(ndimage.correlate1d(smooth, (1.0, -2.0, 1.0), axis=axis) for axis in (1, 2))
+        smooth = scipy.ndimage.gaussian_filter(brightness, (0, sigma, sigma))
+        slopes = [sigma * scipy.ndimage.correlate1d(smooth, (-0.5, 0.0, 0.5), axis=axis) for axis in (1, 2)]
+        bumps = sum(scipy.ndimage.correlate1d(smooth, (1.0, -2.0, 1.0), axis=axis) for axis in (1, 2))
         maps.append(np.stack([*slopes, sigma**2 * bumps], axis=-1))
     return np.concatenate(maps, axis=-1).astype(np.float32)
 
@@ -159,8 +158,9 @@ def gram_statistics(
 def _representatives(rng, statistics, num_clusters):
     """Return the rows nearest to the centres of their clusters, int [k], and the clusters' shares, largest first."""
     num_clusters = min(num_clusters, len(np.unique(statistics, axis=0)))
-    centers, _ = vq.kmeans(statistics, num_clusters, iter=NUM_KMEANS_STARTS, rng=rng)  # drops clusters without members
-    nearest, distances = vq.vq(statistics, centers)
+    # Clusters without members are dropped.
+    centers, _ = scipy.cluster.vq.kmeans(statistics, num_clusters, iter=NUM_KMEANS_STARTS, rng=rng)
+    nearest, distances = scipy.cluster.vq.vq(statistics, centers)
     clusters, counts = np.unique(nearest, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     found = [np.where(nearest == cluster, distances, np.inf).argmin() for cluster in clusters[order]]
