@@ -193,6 +193,6 @@ def test_a_run_that_diverges_fails_in_one_line_that_names_step_and_checkpoint(en
     assert (code, out) == (1, "")
     last = error.splitlines()[-1]
     assert last.startswith(
-        "error: the loss or its gradient is not finite at step 1; the last good checkpoint is step 0"
+        "error: the loss or its gradient is not finite at step 2; the last good checkpoint is step 0"
     )
     assert "Traceback" not in error

@@ -1,4 +1,4 @@
-"""A run of seconds for tests that kill, starve or resume one: a network of one block on synthetic images of 8 px, 32 steps in three stages.
+"""A run of seconds for tests that kill, starve or resume one: the smallest network on synthetic images of 8 px, 32 steps in three stages.
 
 As a script it is one process of such a run: `python tests/training_example.py WORKDIR [--event=EVENT --at=N] [--rank=R --port=P]`. It prints where it
 resumes, every step and every save that it begins, then how often each program was compiled, and exits like the train program. EVENT
@@ -37,11 +37,11 @@ def make_config(**changes):
         {
             "data.image_size_px": 8,
             "data.calibration_images": 8,
-            "model.name": "tiny",
+            "model.name": "stem",
             "model.width": 2,
             "quant.bits": BITS,
             "bact.starts": (0.25, 0.5),
-            "loss.feature_layers": ("stage1",),
+            "loss.feature_layers": ("stem",),
             "train.batch_size": 8,
             "train.epochs": 8,
             "train.log_every_steps": 2,

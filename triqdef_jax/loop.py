@@ -236,8 +236,8 @@ class _Trainer:
             state, metrics = self.trace.step(step + 1, self._step, state, step, stage, place, next(batches))
             if step == first:
                 self._prepare(index + 1)
-            window = metric_window.add(window, metrics, step)
             step += 1
+            window = metric_window.add(window, metrics, step)
             is_leaving = self.preemption.is_due()  # asked once per step, so that the step that leaves also saves
             is_end = step == stage.stop or is_leaving
             is_saved = step % train.checkpoint_every_steps == 0 and step != stage.stop
