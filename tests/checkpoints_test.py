@@ -306,7 +306,7 @@ def test_two_processes_save_agree_on_damage_and_leave_what_one_process_can_read(
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     children = [
         subprocess.Popen(
             [sys.executable, "-c", TWO_PROCESSES, str(rank), port, str(tmp_path)],

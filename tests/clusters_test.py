@@ -78,6 +78,8 @@ def started(tmp_path):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     running = []
+    # A program started in the background may have been told to ignore these, and its children would be too.
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGINT)}
 
     def start(script, *words, **env):
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "XLA_"))}
@@ -98,6 +100,8 @@ def started(tmp_path):
     for process in running:
         process.kill()
         process.communicate()
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def ended(process):

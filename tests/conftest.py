@@ -1,18 +1,12 @@
 """Tests run on the CPU, compile everything themselves, and turn on 64-bit floats only inside the tests that ask for it."""
 
 import os
-import tempfile
+
+import compiling
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Half the time to compile; what programs compute stays the same up to the rounding of fused multiplications.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-# Tests of one pytest worker share what they compile, also with the programs that they start; nothing outlives the worker.
-compiled = tempfile.TemporaryDirectory(prefix="compiled-")
-os.environ |= {
-    "JAX_ENABLE_COMPILATION_CACHE": "true",
-    "JAX_COMPILATION_CACHE_DIR": compiled.name,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
-}
+os.environ.setdefault("XLA_FLAGS", compiling.XLA_FLAGS)
+os.environ.update(compiling.own_cache())
 
 import jax
 import pytest

@@ -36,7 +36,7 @@ def step64():
 def make_step(step64, plan, num):
     """A step of `num` micro-batches of clean images."""
     settings = dataclasses.replace(example.make_settings(step64.network, "qat"), accumulate_steps=num)
-    return train_step.make_step(settings, plan=plan, mesh=sharding.data_mesh(1), compile_piece=example.quick_jit)
+    return train_step.make_step(settings, plan=plan, mesh=sharding.data_mesh(1))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Processes find one another, compute what one computes, fail together, and leave after the same step."""
 
-import errno
 import json
 import os
 import re
@@ -15,11 +14,8 @@ from triqdef_jax import entry, processes
 TWENTY_STEPS = """
 def main(rank):
     import twenty_steps
-    found = {}
-    for method, dtype in (("triqdef", "float64"), ("patch_ce", "float32")):
-        for num_devices in sorted({1, jax.device_count()} if jax.process_count() == 1 else {jax.device_count()}):
-            found[f"{method} {num_devices}"] = twenty_steps.run_twice(method, dtype, sharding.data_mesh(num_devices))
-    print(json.dumps(found))
+    meshes = {1, jax.device_count()} if jax.process_count() == 1 else {jax.device_count()}
+    print(json.dumps([twenty_steps.run_twice(sharding.data_mesh(num)) for num in sorted(meshes)]))
 """
 
 AGREEMENT = """
@@ -38,9 +34,9 @@ def main(rank):
 """
 
 ONE_DIES = """
-def main(rank, number):
+def main(rank):
     if rank == 1:
-        raise OSError(int(number), os.strerror(int(number)), "/full/disk") if int(number) else RuntimeError("a bug of ours")
+        raise RuntimeError("a bug of ours")
     processes.gathered(True)
 """
 
@@ -76,27 +72,19 @@ def main(rank, workdir, terminated):
 """
 
 
-@pytest.fixture(scope="module")
-def twenty_losses():
-    """By method, the two runs of one device, of eight, and of each of two processes: two lists of losses each."""
-    found = {"triqdef": [], "patch_ce": []}
+def test_one_device_eight_devices_and_two_processes_take_the_same_twenty_steps():
+    found = []
     for num, num_devices in ((1, 8), (2, 1)):
         for code, out, err in run_processes(TWENTY_STEPS + CONNECTED, num=num, num_devices=num_devices):
             assert code == 0, err
-            for name, runs in json.loads(out).items():
-                found[name.split()[0]].append(runs)
-    return found
-
-
-# Sums in another order differ by 1e-16, or 1e-7 in float32: 4e-16 and 2e-7 after the 20 steps when measured.
-# The full method needs float64: its gradients jump where slopes of a map change sign, and one rounding makes another run after about ten steps.
-@pytest.mark.parametrize("method, rtol", [("triqdef", 1e-9), ("patch_ce", 1e-5)])
-def test_one_device_eight_devices_and_two_processes_take_the_same_twenty_steps(twenty_losses, method, rtol):
-    (one, again), *others = twenty_losses[method]
+            found += json.loads(out)
+    (one, again), *others = found
     assert one == again and len(others) == 3 and one[-1] < 0.9 * one[0]
     for first, second in others:
         assert first == second  # bit for bit
-        np.testing.assert_allclose(first, one, rtol=rtol)
+        np.testing.assert_allclose(
+            first, one, rtol=1e-9
+        )  # sums in another order: 4e-16 after the 20 steps when measured
 
 
 def test_what_fails_in_one_process_fails_in_all():
@@ -106,13 +94,9 @@ def test_what_fails_in_one_process_fails_in_all():
     assert other[1] == "ValueError no disk here\n"
 
 
-@pytest.mark.parametrize(
-    "number, code, said",
-    [(0, 1, "RuntimeError: a bug of ours"), (errno.ENOSPC, 2, "error: No space left on device: /full/disk;")],
-)
-def test_a_process_that_dies_ends_the_others_with_a_line_that_says_so(number, code, said):
-    lead, other = run_processes(ONE_DIES + CONNECTED, number, HEARTBEAT_TIMEOUT_S="5")
-    assert other[0] == code and said in other[2] and ("Traceback" in other[2]) == (code == entry.EXIT_FAILED)
+def test_a_process_that_dies_ends_the_others_with_a_line_that_says_so():
+    lead, other = run_processes(ONE_DIES + CONNECTED, HEARTBEAT_TIMEOUT_S="5")
+    assert other[0] == entry.EXIT_FAILED and "RuntimeError: a bug of ours" in other[2]
     assert lead[0] == -signal.SIGABRT
     assert "another task died" in lead[2] and "unhealthy (stopped sending heartbeats):\n1\n" in lead[2]
 
@@ -129,17 +113,12 @@ def test_a_disk_that_fails_one_process_ends_all_at_once_and_leaves_the_checkpoin
 
 
 def test_sigterm_to_any_process_stops_all_after_the_same_step_and_the_run_goes_on_from_there(tmp_path):
-    cache = {
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    stopped = run_processes(TRAINING + CONNECTED, tmp_path / "run", 1, **cache)
+    stopped = run_processes(TRAINING + CONNECTED, tmp_path / "run", 1)
     assert [code for code, _, _ in stopped] == [entry.EXIT_PREEMPTED] * 2, stopped
     steps = {int(out) for _, out, _ in stopped}
     assert len(steps) == 1 and steps <= set(range(9, 32))
     assert str(*steps) in os.listdir(tmp_path / "run" / "checkpoints")
-    finished = run_processes(TRAINING + CONNECTED, tmp_path / "run", -1, **cache)
+    finished = run_processes(TRAINING + CONNECTED, tmp_path / "run", -1)
     assert [(code, int(out)) for code, out, _ in finished] == [(0, 32)] * 2, finished
     lines = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(lines)) == lines and lines[-1] == 32

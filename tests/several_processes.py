@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 
+from compiling import XLA_FLAGS
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Gloo, the library of the CPU's collectives, writes to the process's stdout, in pieces; what Python prints keeps a stream of its own.
@@ -41,7 +43,7 @@ def run_processes(script, *arguments, num=2, num_devices=1, timeout_s=300, **env
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices} {XLA_FLAGS}",
         "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
         "JAX_NUM_PROCESSES": str(num),
         **environment,

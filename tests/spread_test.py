@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from compiling import XLA_FLAGS
 from several_processes import CONNECTED, run_processes
 
 from triqdef_jax import sharding, spread
@@ -87,7 +88,7 @@ def test_eight_devices_find_what_one_finds_each_on_its_own_rows():
     env = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {XLA_FLAGS}",
     }
     command = [sys.executable, "-W", "error", "-c", EIGHT_DEVICES]
     child = subprocess.run(command, env=env, text=True, capture_output=True, timeout=240)

@@ -191,7 +191,7 @@ def test_the_shares_of_any_number_of_processes_are_one_global_batch(imagenet_dir
 
 def test_two_processes_of_two_devices_and_a_worker_each_meet_the_batches_of_one_device(imagenet_dir):
     port = free_port()
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": ""}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", _PROCESS, str(rank), port, imagenet_dir],

@@ -148,6 +148,7 @@ def test_sigterm_reaches_the_running_program_which_saves_and_leaves(tmp_path):
 
 def test_programs_share_one_cache_of_compiled_programs_unless_there_is_one(tmp_path, monkeypatch):
     code = "import os, sys; open(sys.argv[1], 'w').write(os.environ['JAX_COMPILATION_CACHE_DIR'])"
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     run(tmp_path, program(tmp_path, "train a", code))
     assert (tmp_path / "train a").read_text() == str(tmp_path / "state" / tasks.COMPILED_DIR)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")

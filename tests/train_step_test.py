@@ -5,7 +5,6 @@ of low bit-widths, which changes gradients by percents.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +23,6 @@ from triqdef_jax.train_step import StepSettings, TrainState
 BITS = (32, 4, 2)
 LOW_BITS = (4, 2)
 ORDER = 1e-10  # float64 sums in another order, through a dozen layers and their second derivatives
-
-
-# For programs that are not the one under test: half the time to compile, the same numbers up to ORDER.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def make_settings(network, method="triqdef", feature_layers=("stage1",)):
@@ -176,7 +171,7 @@ def test_cross_entropy_accuracy_and_maps_equal_a_direct_computation(step64, x64)
     (loss, maps), report, _ = step64.forward(2)
     variables = step64.network.slice(step64.state.weights, step64.state.stats, step64.place(2)[0])
 
-    @quick_jit
+    @jax.jit
     def direct(images, labels):
         def log_loss(images):
             (logits, features), _ = step64.network.module.apply(
@@ -206,7 +201,7 @@ def test_the_gpdp_gradient_equals_that_of_a_twin_without_custom_rules(step64, x6
     )
     monkeypatch.setattr(layers, "batch_moments", plain_moments)
     monkeypatch.setattr(layers, "conv2d", plain_conv)
-    twin = gpdp_gradient(step64, train_step.make_pieces(step64.settings, quick_jit))
+    twin = gpdp_gradient(step64, train_step.make_pieces(step64.settings, train_step.jit))
     assert largest_difference(real, twin) < ORDER
     moved = [np.abs(leaf).max() for leaf in jax.tree.leaves(twin.params)]
     assert np.count_nonzero(moved) == len(moved)
@@ -219,7 +214,7 @@ def test_a_rule_that_inlines_the_rounding_fails_the_same_comparison(step64, x64,
         return jnp.where(is_float, values, inlined(values, scale, *code_range))
 
     monkeypatch.setattr(quantize, "fake_quant_unless", wrong)
-    broken = gpdp_gradient(step64, train_step.make_pieces(step64.settings, quick_jit))
+    broken = gpdp_gradient(step64, train_step.make_pieces(step64.settings, train_step.jit))
     assert largest_difference(real.params, broken.params) > 0.01  # percents, where the truth agrees to 1e-10
 
 
@@ -264,7 +259,7 @@ def test_both_plans_give_the_same_states_and_metrics(step64, after_three, x64):
 def test_recomputing_the_forward_changes_neither_values_nor_gradients_and_keeps_no_activations(step64, x64):
     settings = dataclasses.replace(step64.settings, remat=True)
     found = []
-    for pieces in (step64.pieces, train_step.make_pieces(settings, quick_jit)):
+    for pieces in (step64.pieces, train_step.make_pieces(settings, train_step.jit)):
         (loss, maps), report, pullback = step64.forward(2, pieces=pieces)
         rng = np.random.default_rng(0)
         cotangents = {name: rng.normal(size=values.shape) for name, values in maps.items()}  # second derivatives too

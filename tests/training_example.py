@@ -14,6 +14,7 @@ import pathlib
 import signal
 import sys
 
+import compiling
 import numpy as np
 import small_networks
 
@@ -71,15 +72,13 @@ def make_pool():
 
 
 def environment(cache):
-    """Environment of the processes of a test: they share what they compile, without optimisation, in the folder `cache`, to save time."""
+    """Environment of the processes of a test: they share what they compile, in the folder `cache`."""
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": compiling.XLA_FLAGS,
+        **compiling.cache_in(cache),
     }
 
 
