@@ -53,36 +53,33 @@ def metrics_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_that_is_killed_and_preempted_again_and_again_ends_bit_identical(undisturbed, train_process, tmp_path):
+def test_a_run_that_is_preempted_and_killed_again_and_again_ends_bit_identical(
+    undisturbed, train_process, processes_environment, tmp_path
+):
+    workdir = tmp_path / "run0"
     for event, at, code, steps in (
         ("terminate at step", 7, 42, {8}),  # in the last step of a stage: the next one is entered, then saved
         ("kill while saving stage", 2, -signal.SIGKILL, {15, 16}),  # right after calibration; may be committed or not
-        ("terminate while logging step", 26, 42, {27}),  # noticed in the step after it
-        ("", 0, 0, {32}),
     ):
-        done = train_process(tmp_path, event, at)
+        done = train_process(workdir, event, at)
         assert done.returncode == code, done.stderr
-        with checkpoints.Checkpointer(tmp_path / loop.CHECKPOINTS) as checkpointer:
+        with checkpoints.Checkpointer(workdir / loop.CHECKPOINTS) as checkpointer:
             assert checkpointer.latest_step() in steps
-    (state, meta), (expected, expected_meta) = state_of(tmp_path), state_of(undisturbed[0])
+    # Then twice from outside: at random, after the last save, and each time it resumes at the newest whole step.
+    expected, expected_meta = state_of(undisturbed[0])
+    digest = checkpoints.tree_digest(expected)
+    tally = kill_and_resume.fault_test(tmp_path, processes_environment, 1, 2, seed=0, expected=digest)
+    assert tally.is_sound and (tally.runs, tally.kills) == (1, 2), tally.lines()
+
+    state, meta = state_of(workdir)
     assert meta == expected_meta and (meta["step"], meta["stage"]) == (32, 2)
     # The same best checkpoint is kept beside the newest, however often the run was interrupted.
-    kept, expected_kept = ({p.name for p in (w / loop.CHECKPOINTS).iterdir()} for w in (tmp_path, undisturbed[0]))
+    kept, expected_kept = ({p.name for p in (w / loop.CHECKPOINTS).iterdir()} for w in (workdir, undisturbed[0]))
     assert kept == expected_kept >= {"27", "30", "32"}
     assert jax.tree.structure(state) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     # The same lines too: none is missing, none is twice, and every mean is over the same steps.
-    assert metrics_of(tmp_path) == metrics_of(undisturbed[0])
-
-
-def test_runs_killed_at_random_resume_at_the_newest_whole_step_and_end_bit_identical(
-    undisturbed, processes_environment, tmp_path
-):
-    state, _ = state_of(undisturbed[0])
-    tally = kill_and_resume.fault_test(
-        tmp_path, processes_environment, 1, 2, seed=0, expected=checkpoints.tree_digest(state)
-    )
-    assert tally.is_sound and tally.kills == 2, tally.lines()
+    assert metrics_of(workdir) == metrics_of(undisturbed[0])
 
 
 def test_one_run_compiles_forward_backward_and_penalties_once_for_all_stages(undisturbed):

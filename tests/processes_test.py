@@ -64,7 +64,8 @@ def main(rank, workdir, terminated):
         time.sleep(3)  # jax looks for the signal once a second; the rest of so short a run is dispatched within that
     if int(terminated) >= 0:
         loaded = t.InterruptedData(loaded, 9, interrupt)
-    config = t.make_config(**{"loss.method": "qat", "model.name": "stem", "quant.bits": (32, 4), "bact.starts": (0.25,)})
+    fields = {"loss.method": "qat", "quant.bits": (32,), "bact.starts": (), "train.keep_best": False}
+    config = t.make_config(**fields, **{"train.checkpoint_every_steps": 8})
     run = loop.make_run(config, pathlib.Path(workdir), loaded.num_train)
     step = loop.train(run, loaded, None, is_quiet=True)
     print(json.dumps(step))

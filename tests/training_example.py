@@ -18,7 +18,7 @@ import compiling
 import numpy as np
 import small_networks
 
-from triqdef_jax import checkpoints, loop, processes, writer
+from triqdef_jax import checkpoints, loop, processes
 from triqdef_jax import config as config_lib
 from triqdef_jax.data.memory import ImageData
 from triqdef_jax.data.splits import Split
@@ -146,19 +146,8 @@ class KilledWhileSaving(ToldCheckpointer):
             end(signal.SIGKILL)
 
 
-class TerminatedWhileLogging(writer.MetricWriter):
-    """SIGTERM while the metrics of step `at` are being written."""
-
-    at = 0
-
-    def write(self, step, values):
-        super().write(step, values)
-        if step == self.at:
-            end(signal.SIGTERM)
-
-
 INTERRUPTS = {"": lambda: None, "terminate at step": lambda: end(signal.SIGTERM)}
-EVENTS = (*INTERRUPTS, "kill while saving stage", "terminate while logging step")
+EVENTS = (*INTERRUPTS, "kill while saving stage")
 
 
 def train_as_a_script(workdir, event, at):
@@ -167,8 +156,6 @@ def train_as_a_script(workdir, event, at):
     loop.Checkpointer = ToldCheckpointer
     if event == "kill while saving stage":
         loop.Checkpointer = type("Killed", (KilledWhileSaving,), {"stage": at})
-    elif event == "terminate while logging step":
-        loop.MetricWriter = type("Terminated", (TerminatedWhileLogging,), {"at": at})
     loaded = ToldData(make_data(), at, INTERRUPTS.get(event, INTERRUPTS[""]))
     run = loop.make_run(make_config(), workdir, loaded.num_train)
     step = loop.train(run, loaded, make_pool(), is_quiet=True)
