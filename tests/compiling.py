@@ -3,6 +3,7 @@
 conftest.py sets this before jax is imported.
 """
 
+import os
 import tempfile
 
 # No LLVM optimisation and XLA's older emitters of fused loops: a third of the time to compile the training step on a CPU.
@@ -18,8 +19,10 @@ def cache_in(folder) -> dict[str, str]:
     }
 
 
-def own_cache() -> dict[str, str]:
-    """Return the environment that one pytest worker shares with the programs which it starts, and nobody with the worker after it."""
+def shared_cache() -> dict[str, str]:
+    """Return the environment in which pytest, its workers and the programs that they start share what they compile; it ends with pytest."""
     global _folder
-    _folder = tempfile.TemporaryDirectory(prefix="compiled-")  # gone when this process ends
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return {}  # that of the process which started this one
+    _folder = tempfile.TemporaryDirectory(prefix="compiled-")
     return cache_in(_folder.name)

@@ -6,7 +6,7 @@ import compiling
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", compiling.XLA_FLAGS)
-os.environ.update(compiling.own_cache())
+os.environ.update(compiling.shared_cache())
 
 import jax
 import pytest
