@@ -96,7 +96,7 @@ def test_what_fails_in_one_process_fails_in_all():
 
 
 def test_a_process_that_dies_ends_the_others_with_a_line_that_says_so():
-    lead, other = run_processes(ONE_DIES + CONNECTED, HEARTBEAT_TIMEOUT_S="5")
+    lead, other = run_processes(ONE_DIES + CONNECTED, HEARTBEAT_TIMEOUT_S="4")
     assert other[0] == entry.EXIT_FAILED and "RuntimeError: a bug of ours" in other[2]
     assert lead[0] == -signal.SIGABRT
     assert "another task died" in lead[2] and "unhealthy (stopped sending heartbeats):\n1\n" in lead[2]
@@ -104,7 +104,7 @@ def test_a_process_that_dies_ends_the_others_with_a_line_that_says_so():
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_disk_that_fails_one_process_ends_all_at_once_and_leaves_the_checkpoint_before(tmp_path, failing):
-    ended = run_processes(ONE_DISK_FAILS + CONNECTED, tmp_path, failing, HEARTBEAT_TIMEOUT_S="5")
+    ended = run_processes(ONE_DISK_FAILS + CONNECTED, tmp_path, failing, HEARTBEAT_TIMEOUT_S="4")
     code, _, said = ended[failing]
     assert code == entry.EXIT_USER_ERROR and ended[1 - failing][0], said
     assert re.search(
@@ -113,14 +113,14 @@ def test_a_disk_that_fails_one_process_ends_all_at_once_and_leaves_the_checkpoin
     assert [path.name for path in tmp_path.iterdir() if path.name.isdecimal()] == ["1"]
 
 
-def test_sigterm_to_any_process_stops_all_after_the_same_step_and_the_run_goes_on_from_there(tmp_path):
+def test_sigterm_to_any_process_stops_all_after_the_same_step_and_one_alone_goes_on_from_there(tmp_path):
     stopped = run_processes(TRAINING + CONNECTED, tmp_path / "run", 1)
     assert [code for code, _, _ in stopped] == [entry.EXIT_PREEMPTED] * 2, stopped
     steps = {int(out) for _, out, _ in stopped}
     assert len(steps) == 1 and steps <= set(range(9, 32))
     assert str(*steps) in os.listdir(tmp_path / "run" / "checkpoints")
-    finished = run_processes(TRAINING + CONNECTED, tmp_path / "run", -1)
-    assert [(code, int(out)) for code, out, _ in finished] == [(0, 32)] * 2, finished
+    ((code, out, error),) = run_processes(TRAINING + CONNECTED, tmp_path / "run", -1, num=1)
+    assert (code, int(out)) == (0, 32), error
     lines = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(lines)) == lines and lines[-1] == 32
 
