@@ -30,7 +30,7 @@ def make_data():
 def finished(tiny_config, tmp_path_factory):
     """(run, data) of a finished run of the full method: 64 steps, 4 bits join at 32."""
     fields = {"model.name": "stem", "loss.feature_layers": ("stem",), "model.dtype": "bfloat16"}
-    fields |= {"loss.method": "triqdef", "patches.sizes_px": (2,)}
+    fields |= {"loss.method": "triqdef", "patches.sizes_px": (2,), "train.keep_best": False}
     config = tiny_config(
         **fields, **{"train.epochs": 4, "train.batch_size": 16, "train.log_every_steps": 8, "optim.lr": 0.02}
     )

@@ -30,12 +30,12 @@ def test_the_running_mean_is_the_mean_in_the_type_of_the_arrays():
 @pytest.fixture(scope="module")
 def step64():
     with jax.enable_x64(True):
-        yield example.Step64()
+        yield example.Step64(blocks=())
 
 
 def make_step(step64, plan, num):
     """A step of `num` micro-batches of clean images."""
-    settings = dataclasses.replace(example.make_settings(step64.network, "qat"), accumulate_steps=num)
+    settings = dataclasses.replace(example.make_settings(step64.network, "qat", ("stem",)), accumulate_steps=num)
     return train_step.make_step(settings, plan=plan, mesh=sharding.data_mesh(1))
 
 

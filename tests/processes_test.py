@@ -1,10 +1,12 @@
 """Processes find one another, compute what one computes, fail together, and leave after the same step."""
 
+import errno
 import json
 import os
 import re
 import signal
 
+import jax
 import numpy as np
 import pytest
 from several_processes import CONNECTED, ROOT, run_processes
@@ -83,9 +85,8 @@ def test_one_device_eight_devices_and_two_processes_take_the_same_twenty_steps()
     assert one == again and len(others) == 3 and one[-1] < 0.9 * one[0]
     for first, second in others:
         assert first == second  # bit for bit
-        np.testing.assert_allclose(
-            first, one, rtol=1e-9
-        )  # sums in another order: 4e-16 after the 20 steps when measured
+        # Sums in another order: 4e-16 after the 20 steps when measured.
+        np.testing.assert_allclose(first, one, rtol=1e-9)
 
 
 def test_what_fails_in_one_process_fails_in_all():
@@ -100,6 +101,23 @@ def test_a_process_that_dies_ends_the_others_with_a_line_that_says_so():
     assert other[0] == entry.EXIT_FAILED and "RuntimeError: a bug of ours" in other[2]
     assert lead[0] == -signal.SIGABRT
     assert "another task died" in lead[2] and "unhealthy (stopped sending heartbeats):\n1\n" in lead[2]
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (RuntimeError("a bug of ours"), entry.EXIT_FAILED, "Traceback"),
+        (OSError(errno.ENOSPC, "No space left on device", "/full"), entry.EXIT_USER_ERROR, "error: No space left on"),
+        (entry.LocalError("no image"), entry.EXIT_USER_ERROR, "error: no image\n"),
+    ],
+)
+def test_what_one_of_several_processes_alone_knows_ends_it_at_once(monkeypatch, capsys, error, code, said):
+    left = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", left.append)  # the real one does not return
+    with processes.started(processes.Start()):
+        raise error
+    assert left == [code] and capsys.readouterr().err.startswith(said)
 
 
 @pytest.mark.parametrize("failing", [0, 1])

@@ -63,11 +63,11 @@ def make_arrays(network):
 class Step64:
     """The step in float64 under the per-bit plan: settings, a calibrated state, inputs, and the compiled pieces."""
 
-    def __init__(self):
-        self.network = make_network("float64")
-        self.settings = make_settings(self.network)
+    def __init__(self, blocks=(1,)):
+        self.network = make_network("float64", blocks=blocks)
+        self.settings = make_settings(self.network, feature_layers=("stage1",) if blocks else ("stem",))
         with jax.enable_x64(False):
-            arrays = jax.device_get(make_arrays(make_network("float32")))
+            arrays = jax.device_get(make_arrays(make_network("float32", blocks=blocks)))
         weights, stats = jax.tree.map(lambda x: jnp.asarray(x, "float64"), arrays)
         self.state = TrainState(jnp.int32(0), weights, stats, self.settings.optimizer.init(weights))
         self.inputs = make_inputs(dtype="float64")
