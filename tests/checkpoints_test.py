@@ -4,7 +4,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from several_processes import CONNECTED, run_processes
 
 from triqdef_jax import checkpoints
 
@@ -277,49 +277,33 @@ def test_a_run_killed_while_it_saves_resumes_from_a_whole_checkpoint(tmp_path):
 
 
 TWO_PROCESSES = """
-import logging, shutil, sys
-import jax, jax.numpy as jnp, numpy as np
-from triqdef_jax import checkpoints, sharding
-rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-jax.distributed.initialize(f"localhost:{port}", 2, rank, cluster_detection_method="deactivate")
-everywhere = sharding.replicated(sharding.data_mesh())
-def make(step):
-    return {"w": jax.make_array_from_callback((100,), everywhere, lambda i: np.full(100, step, np.float32)[i]),
-            "key": jax.jit(lambda: jax.random.key(5), out_shardings=everywhere)()}
-with checkpoints.Checkpointer(folder) as saver:
-    for step in (1, 2):
-        saver.save(step, make(step), {})
-jax.experimental.multihost_utils.sync_global_devices("saved")
-if rank == 0:
-    shutil.rmtree(f"{folder}/2/state/d")
-jax.experimental.multihost_utils.sync_global_devices("damaged")
-with checkpoints.Checkpointer(folder) as reader:
-    state, meta = reader.restore(make(0))
-    assert meta["step"] == 1 and checkpoints.tree_digest(state) == checkpoints.tree_digest(make(1))
-    assert state["w"].sharding == everywhere
-    assert reader.save(2, make(2), {})
-jax.distributed.shutdown()
+def main(rank, folder):
+    import shutil, jax.numpy as jnp
+    from jax.experimental import multihost_utils
+    from triqdef_jax import checkpoints
+    everywhere = sharding.replicated(sharding.data_mesh())
+    def make(step):
+        return {"w": jax.make_array_from_callback((100,), everywhere, lambda i: np.full(100, step, np.float32)[i]),
+                "key": jax.jit(lambda: jax.random.key(5), out_shardings=everywhere)()}
+    with checkpoints.Checkpointer(folder) as saver:
+        for step in (1, 2):
+            saver.save(step, make(step), {})
+    multihost_utils.sync_global_devices("saved")
+    if rank == 0:
+        shutil.rmtree(f"{folder}/2/state/d")
+    multihost_utils.sync_global_devices("damaged")
+    with checkpoints.Checkpointer(folder) as reader:
+        state, meta = reader.restore(make(0))
+        assert meta["step"] == 1 and checkpoints.tree_digest(state) == checkpoints.tree_digest(make(1))
+        assert state["w"].sharding == everywhere
+        assert reader.save(2, make(2), {})
 """
 
 
 def test_two_processes_save_agree_on_damage_and_leave_what_one_process_can_read(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(rank), port, str(tmp_path)],
-            env=env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
-    outputs = [child.communicate(timeout=90)[0] for child in children]
-    assert [child.returncode for child in children] == [0, 0], outputs
-    assert "checkpoint 2" in outputs[0] and "checkpoint 2" not in outputs[1]
+    ended = run_processes(TWO_PROCESSES + CONNECTED, tmp_path)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert "checkpoint 2" in ended[0][2] and "checkpoint 2" not in ended[1][2]
     raw, meta = checkpoints.Checkpointer(tmp_path).restore_raw()
     assert meta["step"] == 2 and np.all(raw["w"] == 2) and raw["key"].dtype == np.uint32
     state, meta = checkpoints.Checkpointer(tmp_path).restore({"w": jnp.zeros(100), "key": jax.random.key(0)})

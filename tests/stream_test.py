@@ -7,14 +7,12 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from data_example import assert_equal, first, imagenet, numbered
+from several_processes import CONNECTED, run_processes
 
 from triqdef_jax import config as config_lib
 from triqdef_jax import data, loop, models
@@ -143,27 +141,21 @@ def load_config(file):
     return module
 
 
-_PROCESS = """
-import sys
-import jax, numpy as np
-rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-jax.distributed.initialize(f"localhost:{port}", 2, rank, cluster_detection_method="deactivate")
-sys.path.insert(0, "tests")
-import stream_test
-from absl import flags
-flags.FLAGS.mark_as_parsed()
-mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-rows = {}
-for name, source in stream_test.topology_sources(folder, num_workers=1):
-    iterator = source.train_batches(seed=5, batch_size=8, start_step=2, sharding=sharding)
-    for step in range(2):
-        for field, array in next(iterator).items():
-            assert array.shape[0] == 8 and array.sharding == sharding, array.sharding
-            for shard in array.addressable_shards:
-                rows[f"{name}/{field}/{step}/{shard.index[0].start}"] = np.asarray(shard.data)
-    iterator.close()
-np.savez(f"{folder}/rank{rank}.npz", **rows)
+SHARES = """
+def main(rank, folder, found):
+    import stream_test
+    from absl import flags
+    flags.FLAGS.mark_as_parsed()
+    rows, by_rows = {}, jax.sharding.NamedSharding(sharding.data_mesh(), jax.sharding.PartitionSpec("data"))
+    for name, source in stream_test.topology_sources(folder, num_workers=1):
+        iterator = source.train_batches(seed=5, batch_size=8, start_step=2, sharding=by_rows)
+        for step in range(2):
+            for field, array in next(iterator).items():
+                assert array.shape[0] == 8 and array.sharding == by_rows, array.sharding
+                for shard in array.addressable_shards:
+                    rows[f"{name}/{field}/{step}/{shard.index[0].start}"] = np.asarray(shard.data)
+        iterator.close()
+    np.savez(f"{found}/rank{rank}.npz", **rows)
 """
 
 
@@ -172,12 +164,6 @@ def topology_sources(folder, *, num_workers):
         ("memory", numbered(20, augment="crop_flip")),
         ("stream", imagenet(folder, num_workers=num_workers)),
     ]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return str(probe.getsockname()[1])
 
 
 def test_the_shares_of_any_number_of_processes_are_one_global_batch(imagenet_dir):
@@ -189,27 +175,10 @@ def test_the_shares_of_any_number_of_processes_are_one_global_batch(imagenet_dir
         assert_equal(joined, whole)
 
 
-def test_two_processes_of_two_devices_and_a_worker_each_meet_the_batches_of_one_device(imagenet_dir):
-    port = free_port()
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _PROCESS, str(rank), port, imagenet_dir],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
-    ranks = [np.load(f"{imagenet_dir}/rank{rank}.npz") for rank in range(2)]
+def test_two_processes_of_two_devices_and_a_worker_each_meet_the_batches_of_one_device(imagenet_dir, tmp_path):
+    for code, _, error in run_processes(SHARES + CONNECTED, imagenet_dir, tmp_path, num_devices=2):
+        assert code == 0, error
+    ranks = [np.load(tmp_path / f"rank{rank}.npz") for rank in range(2)]
     assert all(key.endswith(("/0", "/2")) for key in ranks[0]) and all(key.endswith(("/4", "/6")) for key in ranks[1])
     for name, source in topology_sources(imagenet_dir, num_workers=0):
         for step, batch in enumerate(first(source.train_batches(seed=5, batch_size=8, start_step=2), 2)):
